@@ -1,0 +1,1 @@
+"""documents -> collection: read, chunk, embed and index."""

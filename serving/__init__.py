@@ -1,0 +1,1 @@
+"""query -> answer, and release -> deployment."""
