@@ -134,6 +134,7 @@ class Generation(Record):
     dimension: int
     bm25: dict[str, str] = Field(description="Implementation, version and parameters of the sparse vectors.")
     hnsw: bool = Field(description="False: exact search. True: HNSW, with its recall measured elsewhere.")
+    hnsw_params: dict[str, int] = Field({}, description="m, ef_construct and ef_search; empty for exact search.")
     parsers: dict[str, str] = Field(description="Media type -> parser and version.")
     tenants: tuple[str, ...] = ()
     unreadable: tuple[Unreadable, ...] = Field((), description="Documents skipped with --skip-unreadable.")
@@ -179,7 +180,9 @@ class Answer(Record):
     timings: Timings = Timings()
 
 
-FailureKind = Literal["empty", "error", "http", "rate_limited", "timeout", "unreachable", "malformed", "budget", "crash"]
+FailureKind = Literal[
+    "empty", "error", "http", "rate_limited", "timeout", "unreachable", "malformed", "budget", "crash"
+]
 
 
 class Failure(Record):
@@ -233,17 +236,23 @@ class GoldCase(Record):
 
     id: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str | None = Field(None, min_length=1)
-    messages: tuple[Message, ...] = Field((), description="A conversation ending in a user turn, instead of `question`.")
+    messages: tuple[Message, ...] = Field(
+        (), description="A conversation ending in a user turn, instead of `question`."
+    )
     expected_answer: str | None = Field(None, min_length=1)
     must_say: tuple[str, ...] = Field((), description="Facts that a right answer names; `a|b` allows either wording.")
     answerable: bool | None = Field(None, description="False: the system must refuse. None: not stated.")
     evidence: tuple[Evidence, ...] = ()
-    cluster: str = Field("", description="Cases that share a source; empty: the evidence's first document, else the id.")
+    cluster: str = Field(
+        "", description="Cases that share a source; empty: the evidence's first document, else the id."
+    )
     slices: tuple[str, ...] = ()
     language: str = "en"
     must_hold: bool = False
     principal: Principal = Principal()
-    must_not_retrieve: tuple[str, ...] = Field((), description="Document ids that may not be retrieved for this principal.")
+    must_not_retrieve: tuple[str, ...] = Field(
+        (), description="Document ids that may not be retrieved for this principal."
+    )
     must_not_say: tuple[str, ...] = Field((), description="Strings that may not appear in the answer.")
 
     @model_validator(mode="after")
@@ -334,11 +343,15 @@ class Report(Record):
 
     format_version: int = FORMAT_VERSION
     system: str = Field(description="builtin or http.")
-    parts: dict[str, str] = Field(description="Part -> digest: knowledge_base, retrieval, prompt, model, embedder, code.")
+    parts: dict[str, str] = Field(
+        description="Part -> digest: knowledge_base, retrieval, prompt, model, embedder, code."
+    )
     gold_digest: str
     metrics: dict[str, MetricInfo]
     cases: tuple[CaseReport, ...]
-    documents: dict[str, str] = Field({}, description="Document id -> digest of its text, to tell what the change touched.")
+    documents: dict[str, str] = Field(
+        {}, description="Document id -> digest of its text, to tell what the change touched."
+    )
     unreadable: tuple[Unreadable, ...] = ()
     git: dict[str, str] = Field({}, description="commit and dirty.")
 
@@ -368,7 +381,9 @@ class Policy(Record):
     alpha: float = Field(0.05, gt=0, lt=0.5, description="One-sided error each way.")
     max_stale_share: float = Field(0.05, ge=0, le=1, description="More stale evidence than this is NOT_COMPUTED.")
     max_unreadable: int = Field(0, ge=0, description="Skipped documents that are tolerated.")
-    must_hold_metric: str = Field("correctness", description="The metric that decides whether a must_hold case is lost.")
+    must_hold_metric: str = Field(
+        "correctness", description="The metric that decides whether a must_hold case is lost."
+    )
     zero_tolerance: tuple[str, ...] = Field(("leaks",), description="Metrics where any score below 1 is FAIL.")
     conditions: tuple[ConditionPolicy, ...]
 
@@ -387,7 +402,9 @@ class Condition(Record):
     slice: str = ""
     tier: Tier
     n: int = Field(ge=0, description="Cases measured on both sides.")
-    identical: int = Field(0, ge=0, description="Of those, cases whose answer key is the same: difference known to be 0.")
+    identical: int = Field(
+        0, ge=0, description="Of those, cases whose answer key is the same: difference known to be 0."
+    )
     candidate: float | None = None
     baseline: float | None = None
     delta: float | None = None

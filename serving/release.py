@@ -65,7 +65,9 @@ def make_release(
     """
     for name in RELEASE_FILES:
         if name not in files or not files[name].is_file():
-            raise UsageError(f"{name} is missing", "a build that was answered, evaluated and gated", "run goldgate repro")
+            raise UsageError(
+                f"{name} is missing", "a build that was answered, evaluated and gated", "run goldgate repro"
+            )
     draft = Release.model_validate(
         {
             **fields,
@@ -121,7 +123,9 @@ def _parse_release(path: Path) -> Release:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
-            raise UsageError(f"release format {version} is newer than this goldgate", f"{FORMAT_VERSION}", "upgrade goldgate")
+            raise UsageError(
+                f"release format {version} is newer than this goldgate", f"{FORMAT_VERSION}", "upgrade goldgate"
+            )
         return Release.model_validate(raw)
     except (ValueError, ValidationError) as error:
         raise Refused(f"{path.name} of release {path.parent.name[:12]} is damaged", "its original bytes") from error
@@ -161,7 +165,9 @@ def read_pointer(store: Store, application: str = "default") -> Pointer | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise EnvironmentFailure(f"the production pointer of {application!r} is damaged", "", "see goldgate log") from error
+        raise EnvironmentFailure(
+            f"the production pointer of {application!r} is damaged", "", "see goldgate log"
+        ) from error
 
 
 def production(store: Store, application: str = "default") -> str | None:
@@ -226,9 +232,13 @@ def _check_promotable(release: Release, live: str | None) -> None:
         raise Refused(f"the verdict of release {name} is {release.verdict_word}", "PASS")
     if release.baseline != live:
         raise Refused(
-            f"release {name} was judged against {(release.baseline or 'nothing')[:12]}, but {(live or 'nothing')[:12]} is live",
+            f"release {name} was judged against {_short(release.baseline)}, but {_short(live)} is live",
             "a verdict against what is live", "run goldgate gate and goldgate release again",
         )  # fmt: skip
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "nothing"
 
 
 def rollback(store: Store, *, application: str = "default", actor: str = "", note: str = "") -> Event:

@@ -1,0 +1,472 @@
+"""Where one run of goldgate finds its files, and the steps over them that the command line and the demo share."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from goldgate.pipeline.errors import EnvironmentFailure, NotComputed, Refused, UsageError
+from goldgate.pipeline.params import Params, load_params, parse_record
+from goldgate.pipeline.schema import (
+    CaseAnswer,
+    Document,
+    Event,
+    Generation,
+    GoldCase,
+    Record,
+    Release,
+    Report,
+    Unreadable,
+    Verdict,
+)  # fmt: skip
+from goldgate.pipeline.store import Store, digest_file, digest_json
+
+if TYPE_CHECKING:
+    from goldgate.pipeline.embed import EmbedCounts
+    from goldgate.serving.answer import Answerer
+    from goldgate.serving.generate import Generator
+    from goldgate.serving.model import Model
+
+Reporter = Callable[[str, int, int], None]
+R = TypeVar("R", bound=Record)
+
+
+class Baseline(Record):
+    """baseline.json: what DVC stages depend on of production. Rewritten by promote and rollback."""
+
+    release: str | None = None
+    dtype: str | None = None
+
+
+class ReadSummary(Record):
+    """build/read.json"""
+
+    documents: int
+    by_media_type: dict[str, int]
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The files of one run; every path may be given on the command line."""
+
+    params: Path = Path("params.toml")
+    knowledge: str = "knowledge"
+    golden: Path = Path("golden/cases.jsonl")
+    policy: Path = Path("golden/gate.toml")
+    build: Path = Path("build")
+    baseline: Path = Path("baseline.json")
+    store_url: str | None = None
+    application: str = "default"
+    system: Path | None = None
+
+    def store(self) -> Store:
+        """Open the store, making it when it is not there."""
+        return Store.open(self.store_url)
+
+    def load_params(self) -> Params:
+        """Read params.toml. Model and prompt files are relative to its folder."""
+        return load_params(self.params)
+
+    def beside_params(self, name: str) -> Path:
+        """Return a file that params.toml names, relative to the folder that params.toml is in."""
+        path = self.params.parent / name
+        if not path.is_file():
+            raise UsageError(f"{self.params} names {name}, which is no file", "a file beside params.toml")
+        return path
+
+    @contextlib.contextmanager
+    def exclusive(self, store: Store) -> Iterator[None]:
+        """Hold this build folder: two builds into one folder would mix. Raises Refused when it is held."""
+        try:
+            self.build.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"{self.build} cannot be made: {error.strerror}", "a folder that can be written"
+            ) from None
+        name = "folder-" + hashlib.sha256(str(self.build.resolve()).encode()).hexdigest()[:16]
+        with store.lock(name):
+            yield
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Write a file of the build folder whole or not at all."""
+        path = self.build / name
+        replace_file(path, data)
+        return path
+
+    def read(self, name: str, record: type[R], made_by: str) -> R:
+        """Read a record of the build folder. Raises UsageError that names the command that makes it."""
+        path = self.build / name
+        return parse_record(read_json(path, made_by), record, str(path))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` under a temporary name, flush it, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise EnvironmentFailure(f"{path} cannot be written: {error.strerror}", "room and permission") from None
+
+
+def read_json(path: Path, made_by: str) -> object:
+    """Read a JSON file. Raises UsageError naming the command that makes it when it is absent or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist", "", f"run goldgate {made_by}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", "JSON", f"run goldgate {made_by} again") from None
+
+
+# ---------------------------------------------------------------- documents -> collection
+
+
+def read_step(ws: Workspace, progress: Reporter, *, skip_unreadable: bool = False) -> ReadSummary:
+    """Knowledge folder or URL -> documents.parquet and read.json."""
+    from goldgate.pipeline.parquet import write_records
+    from goldgate.pipeline.read import read_documents
+
+    params = ws.load_params().read
+    if skip_unreadable:
+        params = params.model_copy(update={"skip_unreadable": True})
+    store = ws.store()
+    with ws.exclusive(store):
+        documents, unreadable = read_documents(ws.knowledge, params, progress)
+        kinds = sorted({document.media_type for document in documents})
+        summary = ReadSummary(
+            documents=len(documents),
+            by_media_type={kind: sum(d.media_type == kind for d in documents) for kind in kinds},
+            unreadable=tuple(unreadable),
+        )
+        write_records(ws.build / "documents.parquet", documents, Document)
+        ws.write("read.json", summary.model_dump_json(indent=1).encode() + b"\n")
+    return summary
+
+
+def embed_step(ws: Workspace, progress: Reporter, *, engine: str = "ray") -> EmbedCounts:
+    """documents.parquet -> chunks.parquet, embeddings.parquet and embed.json."""
+    from goldgate.pipeline.embed import embed
+    from goldgate.pipeline.parquet import read_records
+
+    params = ws.load_params()
+    path = ws.build / "documents.parquet"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", "", "run goldgate read")
+    store = ws.store()
+    with ws.exclusive(store):
+        documents = read_records(path, Document)
+        if engine not in {"ray", "local"}:
+            raise UsageError(f"engine {engine!r} is unknown", "ray or local")
+        return embed(
+            documents, params.chunk, params.embed, store, ws.build,
+            engine="local" if engine == "local" else "ray", dtype=read_baseline(ws).dtype, progress=progress,
+        )  # fmt: skip
+
+
+def index_step(ws: Workspace, progress: Reporter) -> Generation:
+    """chunks.parquet and embeddings.parquet -> a generation in the store, and generation.json."""
+    from goldgate.pipeline.index import index
+
+    params = ws.load_params()
+    summary = ws.read("read.json", ReadSummary, "read")
+    store = ws.store()
+    with ws.exclusive(store):
+        return index(ws.build, params.index, store, unreadable=summary.unreadable, progress=progress)
+
+
+def model_step(ws: Workspace, progress: Reporter) -> Model:
+    """Model file -> weights in the store, and model.json."""
+    from goldgate.serving.model import build_model, load_model_spec
+
+    spec = load_model_spec(ws.beside_params(ws.load_params().model.file))
+    store = ws.store()
+    model = build_model(spec, store, progress)
+    ws.build.mkdir(parents=True, exist_ok=True)
+    summary = {"digest": model.digest, "name": spec.name, "kind": spec.kind}
+    ws.write("model.json", json.dumps(summary, indent=1).encode() + b"\n")
+    return model
+
+
+# ---------------------------------------------------------------- answers -> report -> verdict
+
+
+def load_cases(ws: Workspace) -> list[GoldCase]:
+    """Read the gold set."""
+    from goldgate.evals.golden import load_cases as load
+
+    return load(ws.golden)
+
+
+def candidate_generation(ws: Workspace) -> Generation:
+    """Return the generation that this build folder made."""
+    return ws.read("generation.json", Generation, "build")
+
+
+def open_candidate(ws: Workspace, store: Store, generator: Generator | None = None) -> Answerer:
+    """Open what this build folder would answer with."""
+    from goldgate.serving.answer import open_answerer
+
+    params = ws.load_params()
+    return open_answerer(
+        candidate_generation(ws).digest, params.embed, params.retrieve, ws.beside_params(params.prompt.file),
+        ws.beside_params(params.model.file), params.answer, store, generator=generator,
+    )  # fmt: skip
+
+
+def open_release(store: Store, digest: str, generator: Generator | None = None) -> Answerer:
+    """Open what a release answers with, from the files that it binds."""
+    from goldgate.serving.answer import open_answerer
+    from goldgate.serving.release import load_release, release_folder
+
+    release = load_release(store, digest)
+    folder = release_folder(store, digest)
+    params = load_params(folder / "params.toml")
+    return open_answerer(
+        release.generation, params.embed, params.retrieve, folder / "prompt.toml", folder / "model.toml",
+        params.answer, store, generator=generator, release=digest,
+    )  # fmt: skip
+
+
+def candidate_parts(ws: Workspace) -> dict[str, str]:
+    """Return the digest of every part that decides the candidate's answers."""
+    from goldgate.serving.answer import code_digest
+    from goldgate.serving.model import load_model_spec, model_digest
+
+    params = ws.load_params()
+    generation = candidate_generation(ws)
+    model_file = ws.beside_params(params.model.file)
+    return {
+        "knowledge_base": generation.digest,
+        "embedder": generation.embedder,
+        "retrieval": digest_json(params.retrieve.model_dump(mode="json")),
+        "prompt": digest_file(ws.beside_params(params.prompt.file)),
+        "model": digest_json([model_digest(load_model_spec(model_file)), params.answer.model_dump(mode="json")]),
+        "code": code_digest(),
+    }
+
+
+def answer_step(ws: Workspace, progress: Reporter, generator: Generator | None = None) -> list[CaseAnswer]:
+    """Gold questions -> answers.jsonl and parts.json, by the built-in system or by an application over HTTP."""
+    cases = load_cases(ws)
+    store = ws.store()
+    with ws.exclusive(store):
+        if ws.system is not None:
+            return _answer_http(ws, cases, progress)
+        from goldgate.serving.answer import answer_cases
+
+        parts = candidate_parts(ws)
+        answerer = open_candidate(ws, store, generator)
+        try:
+            answers = answer_cases(cases, answerer, store, ws.build / "answers.jsonl", progress)
+        finally:
+            answerer.close()
+        ws.write("parts.json", json.dumps({"system": "builtin", **parts}, indent=1).encode() + b"\n")
+        return answers
+
+
+def _answer_http(ws: Workspace, cases: Sequence[GoldCase], progress: Reporter) -> list[CaseAnswer]:
+    from goldgate.evals.system import answer_cases_over_http, load_system
+
+    if ws.system is None:
+        raise UsageError("no system file", "--system FILE")
+    system = load_system(ws.system)
+    answers = answer_cases_over_http(system, cases, ws.build / "answers.jsonl", progress)
+    parts = {"system": "http", "declared": digest_file(ws.system)}
+    ws.write("parts.json", json.dumps(parts, indent=1).encode() + b"\n")
+    return answers
+
+
+def read_baseline(ws: Workspace) -> Baseline:
+    """Read baseline.json; an absent file means that there is no production yet."""
+    if not ws.baseline.exists():
+        return Baseline()
+    return parse_record(read_json(ws.baseline, "promote"), Baseline, str(ws.baseline))
+
+
+def write_baseline(ws: Workspace, store: Store) -> None:
+    """Rewrite baseline.json from the pointer."""
+    from goldgate.serving.release import load_release, production, release_folder
+
+    live = production(store, ws.application)
+    dtype = None
+    if live is not None:
+        load_release(store, live)
+        dtype = Generation.model_validate_json((release_folder(store, live) / "generation.json").read_bytes()).dtype
+    replace_file(ws.baseline, Baseline(release=live, dtype=dtype).model_dump_json(indent=1).encode() + b"\n")
+
+
+def check_baseline(ws: Workspace, store: Store) -> str | None:
+    """Return production's digest. Raises UsageError when baseline.json names another release than the pointer."""
+    from goldgate.serving.release import production
+
+    live = production(store, ws.application)
+    named = read_baseline(ws).release
+    if named != live:
+        raise UsageError(
+            f"{ws.baseline} names {(named or 'no release')[:12]}, but {(live or 'no release')[:12]} is live",
+            "the live release", "run goldgate status --write-baseline",
+        )  # fmt: skip
+    return live
+
+
+def gate_step(ws: Workspace) -> Verdict:
+    """report.json and production's report -> verdict.json."""
+    from goldgate.evals.gate import decide, load_policy
+    from goldgate.evals.promote import production_report
+
+    cases = load_cases(ws)
+    policy = load_policy(ws.policy)
+    store = ws.store()
+    report = ws.read("report.json", Report, "evaluate")
+    live = check_baseline(ws, store)
+    baseline = production_report(store, live, report, cases) if live else None
+    verdict = decide(report, baseline, policy, baseline_release=live)
+    verdict = verdict.model_copy(
+        update={
+            "digests": {
+                **verdict.digests,
+                "policy": digest_file(ws.policy),
+                "report": digest_file(ws.build / "report.json"),
+            }
+        }
+    )
+    ws.write("verdict.json", verdict.model_dump_json(indent=1).encode() + b"\n")
+    return verdict
+
+
+# ---------------------------------------------------------------- release -> deployment
+
+
+def release_step(ws: Workspace, *, bootstrap: bool = False) -> Release:
+    """A build with its verdict -> a release in the store. Only PASS is released; the first one by `bootstrap`."""
+    from goldgate.evals.gate import bootstrap_problems, load_policy
+    from goldgate.serving.release import default_actor, make_release, production
+
+    store = ws.store()
+    with ws.exclusive(store):
+        params = ws.load_params()
+        report = ws.read("report.json", Report, "evaluate")
+        verdict = ws.read("verdict.json", Verdict, "gate")
+        live = production(store, ws.application)
+        _check_release(ws, report, verdict, live, bootstrap=bootstrap)
+        if bootstrap and (problems := bootstrap_problems(report, load_policy(ws.policy))):
+            raise Refused(f"the first release has problems of its own: {problems[0]}", "", f"{len(problems)} in all")
+        generation = candidate_generation(ws)
+        parts = report.parts
+        files = {
+            "params.toml": ws.params,
+            "prompt.toml": ws.beside_params(params.prompt.file),
+            "model.toml": ws.beside_params(params.model.file),
+            "cases.jsonl": ws.golden,
+            "gate.toml": ws.policy,
+            **{name: ws.build / name for name in ("report.json", "answers.jsonl", "verdict.json", "generation.json")},
+        }
+        fields = {
+            "generation": generation.digest,
+            "model": parts["model"], "prompt": parts["prompt"], "retrieval": parts["retrieval"],
+            "embedder": parts["embedder"], "code": parts["code"],
+            "gold": report.gold_digest, "policy": digest_file(ws.policy),
+            "report": digest_file(ws.build / "report.json"), "verdict": digest_file(ws.build / "verdict.json"),
+            "verdict_word": verdict.verdict, "baseline": live, "actor": default_actor(),
+        }  # fmt: skip
+        return make_release(store, files, fields, application=ws.application, bootstrap=bootstrap)
+
+
+def _check_release(ws: Workspace, report: Report, verdict: Verdict, live: str | None, *, bootstrap: bool) -> None:
+    _check_judged(ws, report, verdict)
+    if verdict.baseline != live:
+        raise Refused("production changed after the verdict", "a verdict against what is live", "run goldgate gate")
+    if bootstrap:
+        if live is not None:
+            raise Refused(f"{live[:12]} is live already: --bootstrap is for the first release", "", "run goldgate gate")
+        return
+    if verdict.verdict is None:
+        raise NotComputed("there is no production to compare with", "", "make the first release with --bootstrap")
+    if verdict.verdict != "PASS":
+        raise Refused(f"the verdict is {verdict.verdict}", "PASS", "see goldgate report")
+
+
+def _check_judged(ws: Workspace, report: Report, verdict: Verdict) -> None:
+    """What was judged must be what is released."""
+    from goldgate.evals.golden import gold_digest
+
+    if report.system != "builtin":
+        raise Refused("an application over HTTP is judged, not released", "a build by goldgate")
+    if verdict.digests.get("report") != digest_file(ws.build / "report.json"):
+        raise Refused("the verdict is about another report", "the verdict on this build", "run goldgate gate")
+    if verdict.digests.get("policy") != digest_file(ws.policy):
+        raise Refused(f"{ws.policy} changed after the verdict", "the policy that judged", "run goldgate gate")
+    if report.gold_digest != gold_digest(load_cases(ws)):
+        raise Refused(f"{ws.golden} changed after the report", "the gold set that judged", "run goldgate evaluate")
+    now = candidate_parts(ws)
+    changed = sorted(part for part, digest in now.items() if report.parts.get(part) != digest)
+    if changed:
+        raise Refused(f"{', '.join(changed)} changed after the answers were judged", "", "run goldgate repro")
+
+
+def promote_step(ws: Workspace, digest: str, note: str = "") -> Event:
+    """Make a release live, and tell the working copy."""
+    from goldgate.serving.release import promote, resolve_release
+
+    store = ws.store()
+    event = promote(store, resolve_release(store, digest), application=ws.application, note=note)
+    _tell_working_copy(ws, store)
+    return event
+
+
+def rollback_step(ws: Workspace, note: str = "") -> Event:
+    """Make the release before the live one live again, and tell the working copy."""
+    from goldgate.serving.release import rollback
+
+    store = ws.store()
+    event = rollback(store, application=ws.application, note=note)
+    _tell_working_copy(ws, store)
+    return event
+
+
+def _tell_working_copy(ws: Workspace, store: Store) -> None:
+    # An operator's machine has no working copy: there is nothing to tell then.
+    if ws.params.exists() or ws.baseline.exists():
+        write_baseline(ws, store)
+
+
+def with_files(ws: Workspace, folder: Path) -> Workspace:
+    """Return the same workspace with every relative path below `folder`."""
+    return replace(
+        ws, params=folder / ws.params, knowledge=str(folder / ws.knowledge), golden=folder / ws.golden,
+        policy=folder / ws.policy, build=folder / ws.build, baseline=folder / ws.baseline,
+    )  # fmt: skip
+
+
+def build_documents(ws: Workspace) -> dict[str, Document]:
+    """Return the documents of this build folder by id."""
+    from goldgate.pipeline.parquet import read_records
+
+    path = ws.build / "documents.parquet"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", "", "run goldgate read")
+    return {document.id: document for document in read_records(path, Document)}
+
+
+def reports_of(ws: Workspace, verdict: Verdict) -> tuple[Report, Report | None]:
+    """Return the candidate's report and the production report that `verdict` compared it with."""
+    from goldgate.evals.promote import production_report
+
+    report = ws.read("report.json", Report, "evaluate")
+    if verdict.baseline is None:
+        return report, None
+    return report, production_report(ws.store(), verdict.baseline, report, load_cases(ws))
