@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from goldgate.console import Reporter, note, out
 from goldgate.pipeline.errors import EnvironmentFailure, Refused
 from goldgate.pipeline.schema import Answer, Principal, Query
+from goldgate.pipeline.store import Store
 from goldgate.workspace import Workspace, open_candidate, open_release
+
+if TYPE_CHECKING:
+    from goldgate.serving.answer import Answerer
 
 
 def ask_question(
@@ -25,23 +31,20 @@ def ask_question(
 
         return show_stream(ask_http(url, query.question, query.principal), as_json=as_json)
     store = ws.store()
-    with Reporter() as progress:
-        progress("loading the model", 0, 0)
-        if candidate:
-            answerer = open_candidate(ws, store)
-        else:
-            from goldgate.serving.release import production
-
-            live = production(store, ws.application)
-            if live is None:
-                raise Refused(
-                    "nothing is live", "a promoted release", "run goldgate ask --candidate, or promote one first"
-                )
-            answerer = open_release(store, live)
-    try:
+    with contextlib.ExitStack() as stack:
+        with Reporter() as progress:
+            progress("loading the model", 0, 0)
+            answerer = stack.enter_context(open_candidate(ws, store) if candidate else _open_live(ws, store))
         return show_stream(answerer.stream(query), as_json=as_json)
-    finally:
-        answerer.close()
+
+
+def _open_live(ws: Workspace, store: Store) -> contextlib.AbstractContextManager[Answerer]:
+    from goldgate.serving.release import production
+
+    live = production(store, ws.application)
+    if live is None:
+        raise Refused("nothing is live", "a promoted release", "promote one, or run goldgate ask --candidate")
+    return open_release(store, live)
 
 
 def show_stream(pieces: Iterator[str | Answer | object], *, as_json: bool = False) -> Answer:

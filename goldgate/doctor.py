@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 
-CORE = ("pydantic", "pyarrow", "deepeval", "pytest", "scipy")
+CORE = ("pydantic", "deepeval", "pytest", "scipy")
 BUILTIN = (
+    "pyarrow",
     "ray",
     "torch",
     "transformers",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from goldgate.pipeline.errors import EnvironmentFailure, NotComputed, Refused, UsageError
 from goldgate.pipeline.params import Params, load_params, parse_record
 from goldgate.pipeline.schema import (
+    FORMAT_VERSION,
     CaseAnswer,
     Document,
     Event,
@@ -22,6 +23,7 @@ from goldgate.pipeline.schema import (
     Record,
     Release,
     Report,
+    Timings,
     Unreadable,
     Verdict,
 )  # fmt: skip
@@ -216,46 +218,69 @@ def candidate_generation(ws: Workspace) -> Generation:
     return ws.read("generation.json", Generation, "build")
 
 
-def open_candidate(ws: Workspace, store: Store, generator: Generator | None = None) -> Answerer:
-    """Open what this build folder would answer with."""
-    from goldgate.serving.answer import open_answerer
-
+@contextlib.contextmanager
+def open_candidate(ws: Workspace, store: Store, generator: Generator | None = None) -> Iterator[Answerer]:
+    """Open what this build folder would answer with. A `generator` that is given is used and left open."""
     params = ws.load_params()
-    return open_answerer(
-        candidate_generation(ws).digest, params.embed, params.retrieve, ws.beside_params(params.prompt.file),
-        ws.beside_params(params.model.file), params.answer, store, generator=generator,
-    )  # fmt: skip
+    prompt, model = ws.beside_params(params.prompt.file), ws.beside_params(params.model.file)
+    with _opened(candidate_generation(ws), params, prompt, model, store, generator, "") as answerer:
+        yield answerer
 
 
-def open_release(store: Store, digest: str, generator: Generator | None = None) -> Answerer:
+@contextlib.contextmanager
+def open_release(store: Store, digest: str, generator: Generator | None = None) -> Iterator[Answerer]:
     """Open what a release answers with, from the files that it binds."""
-    from goldgate.serving.answer import open_answerer
     from goldgate.serving.release import load_release, release_folder
 
-    release = load_release(store, digest)
+    load_release(store, digest)
     folder = release_folder(store, digest)
     params = load_params(folder / "params.toml")
-    return open_answerer(
-        release.generation, params.embed, params.retrieve, folder / "prompt.toml", folder / "model.toml",
-        params.answer, store, generator=generator, release=digest,
-    )  # fmt: skip
+    generation = Generation.model_validate_json((folder / "generation.json").read_bytes())
+    prompt, model = folder / "prompt.toml", folder / "model.toml"
+    with _opened(generation, params, prompt, model, store, generator, digest) as answerer:
+        yield answerer
 
 
-def candidate_parts(ws: Workspace) -> dict[str, str]:
+@contextlib.contextmanager
+def _opened(
+    generation: Generation, params: Params, prompt: Path, model: Path, store: Store, generator: Generator | None,
+    release: str,
+) -> Iterator[Answerer]:  # fmt: skip
+    from goldgate.serving.answer import open_answerer
+    from goldgate.serving.generate import load_generator
+    from goldgate.serving.model import build_model, load_model_spec
+
+    made = None
+    if generator is None:
+        made = generator = load_generator(build_model(load_model_spec(model), store), params.answer)
+    try:
+        answerer = open_answerer(
+            generation, params.embed, params.retrieve, prompt, model, params.answer, store, generator, release
+        )
+        try:
+            yield answerer
+        finally:
+            answerer.close()
+    finally:
+        if made is not None:
+            made.close()
+
+
+def candidate_parts(ws: Workspace, store: Store) -> dict[str, str]:
     """Return the digest of every part that decides the candidate's answers."""
-    from goldgate.serving.answer import code_digest
-    from goldgate.serving.model import load_model_spec, model_digest
+    from goldgate.serving.answer import answer_path_digest
+    from goldgate.serving.model import build_model, load_model_spec
 
     params = ws.load_params()
     generation = candidate_generation(ws)
-    model_file = ws.beside_params(params.model.file)
+    model = build_model(load_model_spec(ws.beside_params(params.model.file)), store)
     return {
         "knowledge_base": generation.digest,
         "embedder": generation.embedder,
         "retrieval": digest_json(params.retrieve.model_dump(mode="json")),
         "prompt": digest_file(ws.beside_params(params.prompt.file)),
-        "model": digest_json([model_digest(load_model_spec(model_file)), params.answer.model_dump(mode="json")]),
-        "code": code_digest(),
+        "model": digest_json([model.digest, params.answer.model_dump(mode="json")]),
+        "code": answer_path_digest(),
     }
 
 
@@ -265,28 +290,30 @@ def answer_step(ws: Workspace, progress: Reporter, generator: Generator | None =
     store = ws.store()
     with ws.exclusive(store):
         if ws.system is not None:
-            return _answer_http(ws, cases, progress)
+            return _answer_http(ws, ws.system, cases, progress)
         from goldgate.serving.answer import answer_cases
 
-        parts = candidate_parts(ws)
-        answerer = open_candidate(ws, store, generator)
-        try:
+        parts = candidate_parts(ws, store)
+        with open_candidate(ws, store, generator) as answerer:
             answers = answer_cases(cases, answerer, store, ws.build / "answers.jsonl", progress)
-        finally:
-            answerer.close()
         ws.write("parts.json", json.dumps({"system": "builtin", **parts}, indent=1).encode() + b"\n")
         return answers
 
 
-def _answer_http(ws: Workspace, cases: Sequence[GoldCase], progress: Reporter) -> list[CaseAnswer]:
-    from goldgate.evals.system import answer_cases_over_http, load_system
+def _answer_http(ws: Workspace, system_file: Path, cases: Sequence[GoldCase], progress: Reporter) -> list[CaseAnswer]:
+    from goldgate.evals.system import HttpSystem, answer_http
 
-    if ws.system is None:
-        raise UsageError("no system file", "--system FILE")
-    system = load_system(ws.system)
-    answers = answer_cases_over_http(system, cases, ws.build / "answers.jsonl", progress)
-    parts = {"system": "http", "declared": digest_file(ws.system)}
-    ws.write("parts.json", json.dumps(parts, indent=1).encode() + b"\n")
+    system = HttpSystem.load(system_file)
+    answers = answer_http(cases, system, progress)
+    # Times differ from run to run: they stay out of the file that is measured.
+    stable = [
+        a.model_copy(update={"answer": a.answer.model_copy(update={"timings": Timings()})}) if a.answer else a
+        for a in answers
+    ]
+    times = {a.case: a.answer.timings.model_dump() for a in answers if a.answer}
+    ws.write("answers.jsonl", b"".join(a.model_dump_json().encode() + b"\n" for a in stable))
+    ws.write("timings.json", json.dumps({"format_version": FORMAT_VERSION, "cases": times}, indent=1).encode() + b"\n")
+    ws.write("parts.json", json.dumps({"system": "http", "declared": system.digest}, indent=1).encode() + b"\n")
     return answers
 
 
@@ -323,29 +350,37 @@ def check_baseline(ws: Workspace, store: Store) -> str | None:
     return live
 
 
-def gate_step(ws: Workspace) -> Verdict:
-    """report.json and production's report -> verdict.json."""
-    from goldgate.evals.gate import decide, load_policy
-    from goldgate.evals.promote import production_report
+def gate_step(ws: Workspace, against: Path | None = None) -> Verdict:
+    """report.json and production's report -> verdict.json.
 
-    cases = load_cases(ws)
+    `against` names another report.json to compare with instead of production's: the way to judge an application that
+    goldgate does not serve. Such a verdict never makes a release.
+    """
+    from goldgate.evals.gate import decide, load_policy
+
     policy = load_policy(ws.policy)
-    store = ws.store()
     report = ws.read("report.json", Report, "evaluate")
-    live = check_baseline(ws, store)
-    baseline = production_report(store, live, report, cases) if live else None
-    verdict = decide(report, baseline, policy, baseline_release=live)
-    verdict = verdict.model_copy(
-        update={
-            "digests": {
-                **verdict.digests,
-                "policy": digest_file(ws.policy),
-                "report": digest_file(ws.build / "report.json"),
-            }
-        }
-    )
+    name, baseline = _baseline_of(ws, report, against)
+    verdict = decide(report, baseline, policy, baseline_release=name)
+    digests = {
+        **verdict.digests,
+        "policy": digest_file(ws.policy),
+        "report": digest_file(ws.build / "report.json"),
+    }
+    verdict = verdict.model_copy(update={"digests": digests})
     ws.write("verdict.json", verdict.model_dump_json(indent=1).encode() + b"\n")
     return verdict
+
+
+def _baseline_of(ws: Workspace, report: Report, against: Path | None) -> tuple[str | None, Report | None]:
+    if against is not None:
+        other = parse_record(read_json(against, "evaluate"), Report, str(against))
+        return digest_file(against), other
+    from goldgate.evals.promote import production_report
+
+    store = ws.store()
+    live = check_baseline(ws, store)
+    return live, production_report(store, live, report, load_cases(ws)) if live else None
 
 
 # ---------------------------------------------------------------- release -> deployment
@@ -362,7 +397,7 @@ def release_step(ws: Workspace, *, bootstrap: bool = False) -> Release:
         report = ws.read("report.json", Report, "evaluate")
         verdict = ws.read("verdict.json", Verdict, "gate")
         live = production(store, ws.application)
-        _check_release(ws, report, verdict, live, bootstrap=bootstrap)
+        _check_release(ws, store, report, verdict, live, bootstrap=bootstrap)
         if bootstrap and (problems := bootstrap_problems(report, load_policy(ws.policy))):
             raise Refused(f"the first release has problems of its own: {problems[0]}", "", f"{len(problems)} in all")
         generation = candidate_generation(ws)
@@ -386,8 +421,10 @@ def release_step(ws: Workspace, *, bootstrap: bool = False) -> Release:
         return make_release(store, files, fields, application=ws.application, bootstrap=bootstrap)
 
 
-def _check_release(ws: Workspace, report: Report, verdict: Verdict, live: str | None, *, bootstrap: bool) -> None:
-    _check_judged(ws, report, verdict)
+def _check_release(
+    ws: Workspace, store: Store, report: Report, verdict: Verdict, live: str | None, *, bootstrap: bool
+) -> None:
+    _check_judged(ws, store, report, verdict)
     if verdict.baseline != live:
         raise Refused("production changed after the verdict", "a verdict against what is live", "run goldgate gate")
     if bootstrap:
@@ -400,7 +437,7 @@ def _check_release(ws: Workspace, report: Report, verdict: Verdict, live: str | 
         raise Refused(f"the verdict is {verdict.verdict}", "PASS", "see goldgate report")
 
 
-def _check_judged(ws: Workspace, report: Report, verdict: Verdict) -> None:
+def _check_judged(ws: Workspace, store: Store, report: Report, verdict: Verdict) -> None:
     """What was judged must be what is released."""
     from goldgate.evals.golden import gold_digest
 
@@ -412,7 +449,7 @@ def _check_judged(ws: Workspace, report: Report, verdict: Verdict) -> None:
         raise Refused(f"{ws.policy} changed after the verdict", "the policy that judged", "run goldgate gate")
     if report.gold_digest != gold_digest(load_cases(ws)):
         raise Refused(f"{ws.golden} changed after the report", "the gold set that judged", "run goldgate evaluate")
-    now = candidate_parts(ws)
+    now = candidate_parts(ws, store)
     changed = sorted(part for part, digest in now.items() if report.parts.get(part) != digest)
     if changed:
         raise Refused(f"{', '.join(changed)} changed after the answers were judged", "", "run goldgate repro")
@@ -462,11 +499,15 @@ def build_documents(ws: Workspace) -> dict[str, Document]:
     return {document.id: document for document in read_records(path, Document)}
 
 
-def reports_of(ws: Workspace, verdict: Verdict) -> tuple[Report, Report | None]:
-    """Return the candidate's report and the production report that `verdict` compared it with."""
+def reports_of(ws: Workspace, verdict: Verdict, against: Path | None = None) -> tuple[Report, Report | None]:
+    """Return the candidate's report and the report that `verdict` compared it with, where it is at hand."""
     from goldgate.evals.promote import production_report
+    from goldgate.serving.release import release_folder
 
     report = ws.read("report.json", Report, "evaluate")
-    if verdict.baseline is None:
+    if against is not None:
+        return report, parse_record(read_json(against, "evaluate"), Report, str(against))
+    store = ws.store()
+    if verdict.baseline is None or not release_folder(store, verdict.baseline).is_dir():
         return report, None
-    return report, production_report(ws.store(), verdict.baseline, report, load_cases(ws))
+    return report, production_report(store, verdict.baseline, report, load_cases(ws))

@@ -1,0 +1,296 @@
+"""handbook -> build, first release, deployment, and three proposals judged against it. Works on copies only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from goldgate.asking import show_stream
+from goldgate.console import note, out
+from goldgate.pipeline.errors import EnvironmentFailure, UsageError
+from goldgate.pipeline.schema import Principal, Verdict
+from goldgate.workspace import (
+    Reporter,
+    Workspace,
+    answer_step,
+    embed_step,
+    gate_step,
+    index_step,
+    model_step,
+    promote_step,
+    read_step,
+    release_step,
+    reports_of,
+    with_files,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from goldgate.serving.generate import Generator
+
+COPIED = ("knowledge", "golden", "serving/prompts", "serving/models", "params.toml", "baseline.json")
+QUESTIONS = (
+    "Which exit code does goldgate return when the verdict is INCONCLUSIVE?",
+    "How many passages are given to the model by default?",
+    "Which port does goldgate serve listen on by default?",
+)
+NEW_FACT_QUESTION = "How long does the demo take on two cores?"
+SERVE_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A change that somebody proposes."""
+
+    name: str
+    story: str
+    change: Callable[[Path], None]
+
+
+def _drop_exit_codes(folder: Path) -> None:
+    """Somebody tidies the reference and cuts the table away."""
+    page = folder / "knowledge" / "reference" / "exit-codes.md"
+    text = page.read_text(encoding="utf-8")
+    head, _, _ = text.partition("\n## ")
+    page.write_text(head.split("\n|")[0].rstrip() + "\n\nThe codes are being revised.\n", encoding="utf-8")
+
+
+def _one_passage(folder: Path) -> None:
+    """Somebody saves tokens."""
+    params = folder / "params.toml"
+    lines = params.read_text(encoding="utf-8").splitlines()
+    changed = ["top_k = 1" if line.startswith("top_k =") else line for line in lines]
+    params.write_text("\n".join(changed) + "\n", encoding="utf-8")
+
+
+def _add_duration(folder: Path) -> None:
+    """Somebody answers a question that users ask."""
+    page = folder / "knowledge" / "tutorials" / "first-run.md"
+    text = page.read_text(encoding="utf-8").rstrip()
+    added = "## How long the demo takes\n\nOn two cores the demo takes about 15 minutes, installation included."
+    page.write_text(f"{text}\n\n{added}\n", encoding="utf-8")
+
+
+PROPOSALS = (
+    Proposal("harmful-document", "a page loses the table that answers its questions", _drop_exit_codes),
+    Proposal("harmful-retrieval", "top_k = 1: only one passage is given to the model", _one_passage),
+    Proposal("good-document", "a page gains the answer to a question that users ask", _add_duration),
+)
+
+
+def run_demo(keep: Path | None, progress: Reporter) -> None:
+    """Run the whole loop in a folder of its own. `keep` names that folder; it must be empty or absent.
+
+    Raises UsageError when the working directory is not a goldgate repository or `keep` is in use, and whatever error
+    a step ends with. The deployment it starts is stopped again.
+    """
+    started = time.monotonic()
+    folder = _demo_folder(keep)
+    ws = with_files(Workspace(store_url=str(folder / "store")), folder / "production")
+    _copy_files(Path.cwd(), folder / "production")
+    _title(1, "build the handbook")
+    generator = _build_first(ws, progress)
+    try:
+        _title(2, "answer the gold questions, measure, and make the first release (there is no production yet)")
+        live = _first_release(ws, generator, progress)
+        _title(3, "serve it on Ray Serve and vLLM, and ask")
+        with _served(folder, progress) as url:
+            for question in (*QUESTIONS, NEW_FACT_QUESTION):
+                _ask(url, question)
+            verdicts = {}
+            for number, proposal in enumerate(PROPOSALS, 4):
+                _title(number, f"proposal {proposal.name}: {proposal.story}")
+                verdicts[proposal.name] = _judge(ws, folder, proposal, generator, progress)
+            _title(7, "promote what passed, while it is served")
+            promoted = _promote_passed(folder, verdicts, url, progress)
+    finally:
+        generator.close()
+    _summary(folder, live, promoted, verdicts, time.monotonic() - started)
+
+
+def _demo_folder(keep: Path | None) -> Path:
+    if keep is None:
+        return Path(tempfile.mkdtemp(prefix="goldgate-demo-"))
+    if keep.exists() and any(keep.iterdir()):
+        raise UsageError(f"{keep} is not empty", "a new or empty folder", "name another one with --keep")
+    keep.mkdir(parents=True, exist_ok=True)
+    return keep.resolve()
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for name in COPIED:
+        if not (source / name).exists():
+            raise UsageError(f"{name} is not here", "the root of a goldgate repository", "run the demo from there")
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        else:
+            shutil.copyfile(source / name, target / name)
+    # The demo starts with nothing live, whatever is live in this repository.
+    (target / "baseline.json").write_text('{"release": null, "dtype": null}\n', encoding="utf-8")
+
+
+def _build_first(ws: Workspace, progress: Reporter) -> Generator:
+    from goldgate.serving.generate import load_generator
+
+    _build(ws, progress)
+    model = model_step(ws, progress)
+    out(f"model {model.digest[:12]}: {model.spec.name}")
+    progress("loading the model into vLLM", 0, 0)
+    return load_generator(model, ws.load_params().answer)
+
+
+def _build(ws: Workspace, progress: Reporter) -> None:
+    summary = read_step(ws, progress)
+    counts = embed_step(ws, progress)
+    generation = index_step(ws, progress)
+    out(
+        f"{summary.documents} documents, {counts.chunks} chunks, {counts.embedded} texts embedded, "
+        f"{counts.reused} reused -> generation {generation.digest[:12]}"
+    )
+
+
+def _evaluate(ws: Workspace, generator: Generator, progress: Reporter) -> Verdict:
+    from goldgate.evals.evaluate import run_suite
+    from goldgate.evals.report import write_reports
+
+    answers = answer_step(ws, progress, generator)
+    reused = sum(answer.reused for answer in answers)
+    out(f"{len(answers)} gold questions: {len(answers) - reused} answered, {reused} unchanged")
+    run_suite(ws.build, ws.golden, ws.params, ws.store(), progress=progress)
+    verdict = gate_step(ws)
+    write_reports(ws.build, verdict, *reports_of(ws, verdict))
+    return verdict
+
+
+def _first_release(ws: Workspace, generator: Generator, progress: Reporter) -> str:
+    from goldgate.evals.report import render_text
+
+    verdict = _evaluate(ws, generator, progress)
+    out(render_text(verdict))
+    release = release_step(ws, bootstrap=True)
+    promote_step(ws, release.digest, "demo: first release")
+    out(f"release {release.digest[:12]} is live (made with --bootstrap: it was compared with nothing)")
+    return release.digest
+
+
+def _judge(ws: Workspace, folder: Path, proposal: Proposal, generator: Generator, progress: Reporter) -> Verdict:
+    from goldgate.evals.report import render_text
+
+    place = folder / "proposals" / proposal.name
+    _copy_files(folder / "production", place)
+    shutil.copyfile(ws.baseline, place / "baseline.json")
+    proposal.change(place)
+    candidate = with_files(Workspace(store_url=str(folder / "store")), place)
+    _build(candidate, progress)
+    verdict = _evaluate(candidate, generator, progress)
+    out(render_text(verdict))
+    return verdict
+
+
+def _promote_passed(folder: Path, verdicts: dict[str, Verdict], url: str, progress: Reporter) -> str | None:
+    from goldgate.serving.deploy import wait_healthy
+
+    passed = [name for name, verdict in verdicts.items() if verdict.verdict == "PASS"]
+    if not passed:
+        out("nothing passed, nothing is promoted")
+        return None
+    place = folder / "proposals" / passed[-1]
+    candidate = with_files(Workspace(store_url=str(folder / "store")), place)
+    release = release_step(candidate)
+    promote_step(candidate, release.digest, f"demo: {passed[-1]}")
+    wait_healthy(url, release.digest, timeout_s=120, progress=progress)
+    out(f"release {release.digest[:12]} is live and served")
+    _ask(url, NEW_FACT_QUESTION)
+    return release.digest
+
+
+# ---------------------------------------------------------------- the deployment
+
+
+def free_port() -> int:
+    """Return a port of the loopback address that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _served(folder: Path, progress: Reporter) -> Iterator[str]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    log_path = folder / "serve.log"
+    command = [sys.executable, "-m", "goldgate.cli", "serve", "--store", str(folder / "store"), "--port", str(port)]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))  # noqa: S603
+        try:
+            health = _wait_started(url, process, progress)
+            out(f"healthy at {url}, release {str(health['release'])[:12]}")
+            yield url
+        except EnvironmentFailure:
+            note(log_path.read_text(encoding="utf-8", errors="replace")[-2000:])
+            raise
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _wait_started(url: str, process: subprocess.Popen[bytes], progress: Reporter) -> dict[str, object]:
+    """Wait in short rounds, so that a server that died is told at once and not after the whole time-out."""
+    from goldgate.serving.deploy import wait_healthy
+
+    deadline = time.monotonic() + SERVE_TIMEOUT_S
+    while True:
+        try:
+            return wait_healthy(url, None, timeout_s=10, progress=progress)
+        except EnvironmentFailure:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise
+
+
+def _ask(url: str, question: str) -> None:
+    from goldgate.serving.deploy import ask_http
+
+    out(f"\n> {question}")
+    show_stream(ask_http(url, question, Principal()))
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def _title(number: int, text: str) -> None:
+    out(f"\n=== {number}. {text} ===")
+
+
+def _summary(folder: Path, first: str, promoted: str | None, verdicts: dict[str, Verdict], seconds: float) -> None:
+    _title(8, "what happened")
+    for proposal in PROPOSALS:
+        out(f"{proposal.name:18} {verdicts[proposal.name].verdict or 'no verdict':13} {proposal.story}")
+    out(f"first release      {first[:12]}")
+    out(f"live now           {(promoted or first)[:12]}")
+    out(f"took               {seconds / 60:.1f} minutes")
+    out(f"files              {folder}")
+    for proposal in PROPOSALS:
+        out(f"report             {folder / 'proposals' / proposal.name / 'build' / 'report.html'}")
+    out(
+        "\nDo it yourself, in this repository:\n"
+        "  goldgate repro                 build, answer, evaluate and gate what you changed\n"
+        "  goldgate release --bootstrap   the first release; later ones need a PASS\n"
+        "  goldgate promote DIGEST        make it live\n"
+        "  goldgate serve                 serve what is live\n"
+        "  goldgate ask 'your question'   ask it"
+    )
