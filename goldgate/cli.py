@@ -238,21 +238,20 @@ def answer(
 @app.command()
 def evaluate(
     golden: GoldenOption = Path("golden/cases.jsonl"), params: ParamsOption = Path("params.toml"),
-    build: BuildOption = Path("build"), store: StoreOption = None, system: SystemOption = None,
+    build: BuildOption = Path("build"), store: StoreOption = None,
     as_json: JsonOption = False, traceback: TracebackOption = False,
 ) -> None:  # fmt: skip
     """Measure the answers with the pytest suite: answers.jsonl -> report.json."""
-    from goldgate.evals.evaluate import run_suite, summarise
+    from goldgate.evals.evaluate import summarize
+    from goldgate.workspace import evaluate_step
 
-    ws = Workspace(params=params, golden=golden, build=build, store_url=store, system=system)
-    opened = ws.store()
-    with ws.exclusive(opened), Reporter() as progress:
-        report = run_suite(build, golden, params, opened, progress=progress)
-    means = summarise(report)
-    lines = [f"{name}: {mean:.3f} over {n} cases" for name, (mean, n) in means.items()]
+    ws = Workspace(params=params, golden=golden, build=build, store_url=store)
+    with Reporter() as progress:
+        report = evaluate_step(ws, progress)
+    means = summarize(report)
+    lines = [f"{name}: {found['mean']:.3f} over {found['n']} cases" for name, found in means.items()]
     lines += [f"{m.name}: not measured: {m.not_measured}" for m in report.metrics.values() if m.not_measured]
-    result = {name: {"mean": mean, "n": n} for name, (mean, n) in means.items()}
-    _emit(result, "\n".join([f"measured {len(report.cases)} cases", *lines]), as_json=as_json)
+    _emit(means, "\n".join([f"measured {len(report.cases)} cases", *lines]), as_json=as_json)
 
 
 @app.command()

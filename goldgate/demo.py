@@ -25,6 +25,7 @@ from goldgate.workspace import (
     Workspace,
     answer_step,
     embed_step,
+    evaluate_step,
     gate_step,
     index_step,
     model_step,
@@ -161,13 +162,12 @@ def _build(ws: Workspace, progress: Reporter) -> None:
 
 
 def _evaluate(ws: Workspace, generator: Generator, progress: Reporter) -> Verdict:
-    from goldgate.evals.evaluate import run_suite
     from goldgate.evals.report import write_reports
 
     answers = answer_step(ws, progress, generator)
     reused = sum(answer.reused for answer in answers)
     out(f"{len(answers)} gold questions: {len(answers) - reused} answered, {reused} unchanged")
-    run_suite(ws.build, ws.golden, ws.params, ws.store(), progress=progress)
+    evaluate_step(ws, progress)
     verdict = gate_step(ws)
     write_reports(ws.build, verdict, *reports_of(ws, verdict))
     return verdict

@@ -317,6 +317,27 @@ def _answer_http(ws: Workspace, system_file: Path, cases: Sequence[GoldCase], pr
     return answers
 
 
+def evaluate_step(ws: Workspace, progress: Reporter) -> Report:
+    """answers.jsonl -> report.json, metrics.json and plots/, by the pytest suite."""
+    from goldgate.evals.evaluate import run_suite
+
+    store = ws.store()
+    with ws.exclusive(store):
+        params = ws.load_params()
+        prompt = params.prompt.model_copy(update={"file": str(ws.params.parent / params.prompt.file)})
+        return run_suite(
+            ws.build, ws.golden, params.model_copy(update={"prompt": prompt}), store,
+            previous=previous_documents(ws, store), progress=progress,
+        )  # fmt: skip
+
+
+def previous_documents(ws: Workspace, store: Store) -> dict[str, Document] | None:
+    """Return production's documents, against which evidence is followed when a document changed."""
+    from goldgate.evals.promote import production_documents
+
+    return production_documents(store, ws.application)
+
+
 def read_baseline(ws: Workspace) -> Baseline:
     """Read baseline.json; an absent file means that there is no production yet."""
     if not ws.baseline.exists():
@@ -356,12 +377,13 @@ def gate_step(ws: Workspace, against: Path | None = None) -> Verdict:
     `against` names another report.json to compare with instead of production's: the way to judge an application that
     goldgate does not serve. Such a verdict never makes a release.
     """
-    from goldgate.evals.gate import decide, load_policy
+    from goldgate.evals.gate import decide, feasible, load_policy
 
     policy = load_policy(ws.policy)
+    feasible(policy, load_cases(ws))
     report = ws.read("report.json", Report, "evaluate")
-    name, baseline = _baseline_of(ws, report, against)
-    verdict = decide(report, baseline, policy, baseline_release=name)
+    name, baseline, gold = _baseline_of(ws, report, against)
+    verdict = decide(report, baseline, policy, baseline_release=name, baseline_gold=gold)
     digests = {
         **verdict.digests,
         "policy": digest_file(ws.policy),
@@ -372,15 +394,24 @@ def gate_step(ws: Workspace, against: Path | None = None) -> Verdict:
     return verdict
 
 
-def _baseline_of(ws: Workspace, report: Report, against: Path | None) -> tuple[str | None, Report | None]:
+def _baseline_of(
+    ws: Workspace, report: Report, against: Path | None
+) -> tuple[str | None, Report | None, dict[str, str] | None]:
+    """Return the baseline's name, its report under the candidate's definitions, and its own gold cases."""
     if against is not None:
         other = parse_record(read_json(against, "evaluate"), Report, str(against))
-        return digest_file(against), other
-    from goldgate.evals.promote import production_report
+        return digest_file(against), other, _gold_of(other)
+    from goldgate.evals.promote import production_report, released_report
 
     store = ws.store()
     live = check_baseline(ws, store)
-    return live, production_report(store, live, report, load_cases(ws)) if live else None
+    if live is None:
+        return None, None, None
+    return live, production_report(store, live, report, load_cases(ws)), _gold_of(released_report(store, live))
+
+
+def _gold_of(report: Report) -> dict[str, str]:
+    return {case.id: case.case_digest for case in report.cases}
 
 
 # ---------------------------------------------------------------- release -> deployment

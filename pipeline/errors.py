@@ -13,6 +13,10 @@ A message says which thing, what was expected, and what to do next.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from goldgate.pipeline.schema import Unreadable
 
 
 class ExitCode(IntEnum):
@@ -54,7 +58,9 @@ class UsageError(GoldgateError):
 
 
 class UnreadableDocument(UsageError):
-    """One document that no parser could read."""
+    """Documents that no parser could read, each in `unreadable`."""
+
+    unreadable: tuple[Unreadable, ...] = ()
 
 
 class NotComputed(GoldgateError):

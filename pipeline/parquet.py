@@ -10,8 +10,9 @@ import types
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import BinaryIO, Literal, TypeVar, Union, get_args, get_origin
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
@@ -22,25 +23,34 @@ from goldgate.pipeline.schema import Record
 R = TypeVar("R", bound=Record)
 
 ROW_GROUP_ROWS = 4096
-_SCALARS = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_SCALARS: dict[object, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
 def write_records(path: Path, records: Iterable[R], record: type[R]) -> int:
     """Write `records` in their order to `path`; returns how many. Raises OSError as the disk does."""
     schema = arrow_schema(record)
-    rows = (item.model_dump() for item in records)
-    return write_batches(path, (pa.RecordBatch.from_pylist(group, schema) for group in _groups(rows)), schema)
+    groups = (to_table(group, record) for group in _groups(records))
+    return write_batches(path, (batch for table in groups for batch in table.to_batches()), schema)
 
 
 def read_records(path: Path, record: type[R]) -> list[R]:
     """Read the records of `path`. Raises UsageError when it is absent, damaged or holds other records."""
     try:
-        rows = read_table(path).to_pylist(maps_as_pydicts="strict")
-        return [record.model_validate(row) for row in rows]
+        return from_table(read_table(path), record)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{path}: {field}: {first['msg']}", f"{record.__name__} records", "build it again") from None
+
+
+def to_table(records: Sequence[R], record: type[R]) -> pa.Table:
+    """The records as a table in memory, one row each."""
+    return pa.Table.from_pylist([item.model_dump() for item in records], arrow_schema(record))
+
+
+def from_table(table: pa.Table, record: type[R]) -> list[R]:
+    """The rows of a table as records. Raises pydantic.ValidationError for a row that is none."""
+    return [record.model_validate(row) for row in table.to_pylist(maps_as_pydicts="strict")]
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -57,7 +67,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         raise UsageError(f"{path} cannot be read: {error}", "an undamaged Parquet file", "build it again") from None
 
 
-def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> int:
+def write_batches(path: Path | BinaryIO, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> int:
     """Write Arrow record batches, each as one row group, with pinned settings; returns the number of rows."""
     rows = 0
     with pq.ParquetWriter(
@@ -67,7 +77,7 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
         data_page_version="1.0",
         compression="zstd",
         compression_level=3,
-        use_dictionary=True,
+        use_dictionary=[field.name for field in schema if pa.types.is_string(field.type)],
         write_statistics=False,
         store_schema=True,
     ) as writer:
@@ -77,7 +87,7 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
     return rows
 
 
-def write_table(path: Path, table: pa.Table) -> int:
+def write_table(path: Path | BinaryIO, table: pa.Table) -> int:
     """Write a table in row groups of ROW_GROUP_ROWS, independently of how it is chunked in memory."""
     whole = table.combine_chunks()
     batches = whole.to_batches(max_chunksize=ROW_GROUP_ROWS)
@@ -89,12 +99,12 @@ def arrow_schema(record: type[Record]) -> pa.Schema:
     return pa.schema([_field(name, info.annotation) for name, info in record.model_fields.items()])
 
 
-def _field(name: str, annotation: Any) -> pa.Field:
+def _field(name: str, annotation: object) -> pa.Field:
     plain, nullable = _without_none(annotation)
     return pa.field(name, _type(plain), nullable=nullable)
 
 
-def _without_none(annotation: Any) -> tuple[Any, bool]:
+def _without_none(annotation: object) -> tuple[object, bool]:
     if get_origin(annotation) in {Union, types.UnionType}:
         rest = [option for option in get_args(annotation) if option is not type(None)]
         if len(rest) == 1 and len(rest) < len(get_args(annotation)):
@@ -102,7 +112,7 @@ def _without_none(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def _type(annotation: Any) -> pa.DataType:
+def _type(annotation: object) -> pa.DataType:
     if annotation in _SCALARS:
         return _SCALARS[annotation]
     if isinstance(annotation, type) and issubclass(annotation, Record):
@@ -117,12 +127,50 @@ def _type(annotation: Any) -> pa.DataType:
     raise TypeError(f"no Parquet form for {annotation}")
 
 
-def _item(annotation: Any) -> tuple[pa.DataType, bool]:
+def _item(annotation: object) -> tuple[pa.DataType, bool]:
     plain, nullable = _without_none(annotation)
     return _type(plain), nullable
 
 
-def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(rows)
+def _groups(records: Iterable[R]) -> Iterator[list[R]]:
+    iterator = iter(records)
     while group := list(islice(iterator, ROW_GROUP_ROWS)):
         yield group
+
+
+def write_embeddings(path: Path, ids: Sequence[str], vectors: np.ndarray) -> int:
+    """Write columns `chunk` (its id) and `vector` (fixed-size list of float32); `vectors` is (n, dimension) float32."""
+    return write_table(path, vector_table("chunk", ids, vectors))
+
+
+def read_embeddings(path: Path) -> tuple[list[str], np.ndarray]:
+    """Read what `write_embeddings` wrote: chunk ids and their vectors, (n, dimension) float32, in file order.
+
+    Raises UsageError when the file is absent, damaged or holds something else.
+    """
+    table = read_table(path, ["chunk", "vector"])
+    return table.column("chunk").to_pylist(), vectors_of(table, path)
+
+
+def vector_table(key: str, names: Sequence[str], vectors: np.ndarray) -> pa.Table:
+    """A table of names in column `key` and their vectors, (n, dimension) float32, in column `vector`."""
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel(), pa.float32())
+    column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    schema = pa.schema(
+        [
+            pa.field(key, pa.string(), nullable=False),
+            pa.field(
+                "vector", pa.list_(pa.field("item", pa.float32(), nullable=False), vectors.shape[1]), nullable=False
+            ),
+        ]
+    )
+    return pa.table([pa.array(names, pa.string()), column.cast(schema.field("vector").type)], schema=schema)
+
+
+def vectors_of(table: pa.Table, path: Path) -> np.ndarray:
+    """The `vector` column as (n, dimension) float32. Raises UsageError, naming `path`, for another type."""
+    kind = table.schema.field("vector").type
+    if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
+        raise UsageError(f"{path}: column vector is {kind}", "a fixed-size list of float32", "build it again")
+    values = table.column("vector").combine_chunks().flatten()
+    return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(table.num_rows, kind.list_size)

@@ -385,6 +385,16 @@ class Policy(Record):
         "correctness", description="The metric that decides whether a must_hold case is lost."
     )
     zero_tolerance: tuple[str, ...] = Field(("leaks",), description="Metrics where any score below 1 is FAIL.")
+    min_change: float = Field(
+        0.2, gt=0, le=1, description="Smallest change of one case's score that counts as better, worse or lost."
+    )
+    touched_margin: float = Field(
+        0.1, gt=0, le=1, description="Largest net loss among the touched cases, where there is any loss at all."
+    )
+    allow_not_measured: tuple[str, ...] = Field(
+        (), description="Critical metrics that the system under test need not be able to give (http, no contexts)."
+    )
+    reviewed_removals: tuple[str, ...] = Field((), description="Gold cases whose removal a person has reviewed.")
     conditions: tuple[ConditionPolicy, ...]
 
 
