@@ -177,23 +177,34 @@ def check_abstention(mtrag: Path, evouna_rows: Sequence[Row]) -> dict[str, Any]:
 def check_faithfulness(data: Path, similarity: judge.Similarity) -> dict[str, Any]:
     """Compare with people's labels on WiCE claims and MT-RAG answers."""
     wice = [json.loads(line) for line in _lines(data / "wice" / "entailment_retrieval" / "claim" / "dev.jsonl")][::2]
-    wice_said = [judge.supports(row["claim"], ["\n".join(row["evidence"])], similarity).supported for row in wice]
-    wice_human = [row["label"] == "supported" for row in wice]
-    said, human = [], []
-    for row in (json.loads(line) for line in _lines(data / "mtrag" / "human_ratings.jsonl")):
-        claims = judge.split_claims(row["response"])
-        if not claims or judge.is_abstention(row["response"]):
-            continue
-        texts, question = [context["text"] for context in row["contexts"]], row["turns"][-1]["text"]
-        supported = [judge.supports(claim, texts, similarity, question).supported for claim in claims]
-        said.append(sum(supported) / len(supported) >= 0.75)
-        human.append(float(np.mean(row["human"]["faithfulness"])) >= 3.5)
+    rated = [json.loads(line) for line in _lines(data / "mtrag" / "human_ratings.jsonl")]
+    asked = [(r["claim"], ["\n".join(r["evidence"])], "") for r in wice] + [c for r in rated for c in _claims(r)]
+    similarity.prefetch(text for claim in asked for text in judge.to_compare(*claim))
+    said = [_all_supported([(r["claim"], ["\n".join(r["evidence"])], "")], similarity) for r in wice]
+    human = [r["label"] == "supported" for r in wice]
+    rated = [r for r in rated if _claims(r)]
+    rated_said = [_all_supported(_claims(r), similarity) for r in rated]
+    rated_human = [float(np.mean(r["human"]["faithfulness"])) >= 3.5 for r in rated]
     return {
-        "wice": agreement(np.array(wice_said)[:, None], np.array(wice_human)[:, None]),
-        "mtrag": agreement(np.array(said)[:, None], np.array(human)[:, None]),
+        "wice": agreement(np.array(said)[:, None], np.array(human)[:, None]),
+        "mtrag": agreement(np.array(rated_said)[:, None], np.array(rated_human)[:, None]),
         "passes": False,
         "note": "advisory: a lexical judge with an embedding model, not yet good enough to block",
     }
+
+
+def _claims(row: Row) -> list[tuple[str, list[str], str]]:
+    """Return (claim, passages, question) for each claim of an MT-RAG answer; nothing for a refusal."""
+    if judge.is_abstention(row["response"]):
+        return []
+    texts = [context["text"] for context in row["contexts"]]
+    return [(claim, texts, row["turns"][-1]["text"]) for claim in judge.split_claims(row["response"])]
+
+
+def _all_supported(claims: Sequence[tuple[str, list[str], str]], similarity: judge.Similarity) -> bool:
+    """Three quarters of the claims are supported."""
+    supported = [judge.supports(claim, texts, similarity, question).supported for claim, texts, question in claims]
+    return sum(supported) / len(supported) >= 0.75
 
 
 def check_relevance(data: Path, similarity: judge.Similarity) -> dict[str, Any]:

@@ -79,7 +79,6 @@ class Inputs:
     def contexts(self) -> dict[str, CaseContext]:
         """Case id -> what its metrics see."""
         llm = self._llm()
-        self._prefetch()
         return {
             case.id: CaseContext(
                 case=case,
@@ -99,17 +98,12 @@ class Inputs:
         if self.similarity is None or not any("embedder" in scores.metric_named(n).needs for n in self.measurable):
             return
         answers = [line.answer for line in self.answers.values() if line.answer is not None]
-        self.similarity.prefetch(case.query().question for case in self.cases)
-        self.similarity.prefetch(answer.text for answer in answers)
-        self.similarity.prefetch(passage.text for answer in answers for passage in answer.passages or ())
-
-    def _prefetch(self) -> None:
-        """Embed questions and passages together: one by one each would fill a batch of its own with dummy rows."""
-        if self.similarity is None or "contextual_relevance" not in self.names:
-            return
-        found = [self.answers[case.id].answer for case in self.cases]
-        passages = [passage.text for answer in found if answer and answer.passages for passage in answer.passages]
-        self.similarity.prefetch([*(case.query().question for case in self.cases), *passages])
+        texts = [case.query().question for case in self.cases]
+        for answer in answers:
+            texts += [answer.text, *(passage.text for passage in answer.passages or ())]
+        for context in self.contexts.values():
+            texts += scores.compared_texts(context)
+        self.similarity.prefetch(texts)
 
     @cached_property
     def names(self) -> tuple[str, ...]:

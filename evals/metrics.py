@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# Read by DeepEval when it is imported: no telemetry, no .env file of whatever folder this runs in, no folder left there.
+# Read by DeepEval when it is imported: no telemetry, no .env file of the folder this runs in, no folder left there.
 os.environ["DEEPEVAL_TELEMETRY_OPT_OUT"] = "YES"
 os.environ["DEEPEVAL_DISABLE_DOTENV"] = "1"
 os.environ.setdefault("DEEPEVAL_CACHE_FOLDER", str(Path(tempfile.gettempdir()) / "deepeval"))

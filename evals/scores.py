@@ -15,6 +15,7 @@ from difflib import SequenceMatcher
 from goldgate.evals import judge
 from goldgate.evals.golden import occurrences
 from goldgate.evals.judge import Similarity
+from goldgate.evals.tokens import fold
 from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.schema import (
     PUBLIC,
@@ -238,6 +239,15 @@ def _faithfulness(context: CaseContext) -> Score:
     return _share(len(claims) - len(unsupported), len(claims), {"unsupported": " | ".join(unsupported)})
 
 
+def compared_texts(context: CaseContext) -> list[str]:
+    """Return the texts whose meaning faithfulness compares, so that they can be embedded together beforehand."""
+    if context.answer is None or not context.answer.passages or context.abstained:
+        return []
+    passages = [passage.text for passage in context.answer.passages]
+    claims = judge.split_claims(context.answer.text)
+    return [text for claim in claims for text in judge.to_compare(claim, passages, context.question)]
+
+
 def _answer_relevance(context: CaseContext) -> Score:
     return Score(value=judge.relevance(context.question, context.said.text, _need(context)))
 
@@ -280,7 +290,7 @@ def says(text: str, banned: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return " ".join(judge.fold(text).casefold().split())
+    return " ".join(fold(text).casefold().split())
 
 
 def _leaked_prompt(text: str, prompt: str, passages: str) -> str | None:

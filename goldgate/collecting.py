@@ -16,7 +16,7 @@ YOUNG_S = 86_400
 
 
 def collect(ws: Workspace, *, dry_run: bool = False) -> list[str]:
-    """Remove generations, collections and models that no release and not this build folder names, and old garbage.
+    """Remove generations and collections that no release and not this build folder names, and old garbage.
 
     Releases themselves are never removed. Returns what went (or would go), as paths relative to the store.
     """

@@ -62,10 +62,13 @@ def parse_html(data: bytes, first_row_is_header: bool = False, parser: str = "")
 
 def parse_tree(data: bytes) -> etree._Element:
     """The element tree of UTF-8 `data`; whatever charset it declares has been honoured before."""
+    parser = html.HTMLParser(encoding="utf-8", huge_tree=True)
     try:
-        root = html.document_fromstring(data, parser=html.HTMLParser(encoding="utf-8", huge_tree=True))
+        root = html.document_fromstring(data, parser=parser)
     except (etree.ParserError, etree.XMLSyntaxError, ValueError) as error:
         raise UnparsableError(f"is not HTML: {error}") from None
+    if any(entry.type_name == "ERR_RESOURCE_LIMIT" for entry in parser.error_log):  # the rest was dropped
+        raise UnparsableError("is HTML that is nested too deep, or otherwise beyond the limits of libxml2")
     return root
 
 

@@ -141,8 +141,9 @@ def _parse_pdf(data: bytes, _charset: str, _max_bytes: int) -> Parsed:
         raise UnparsableError(f"has no text on any of its {len(pages)} pages (scanned? run OCR on it first)")
     text, blocks = _pdf_blocks(pages, outline)
     notes = (f"{empty} of {len(pages)} pages have no text",) if empty else ()
-    first = next((block.title for block in blocks if block.kind == "heading"), "")
-    return Parsed(text, tuple(blocks), parser_identity("pypdf"), title or first, notes)
+    chapters = [block.title for block in blocks if block.level == 1]
+    title = title or (chapters[0] if len(chapters) == 1 else "")  # the first of several is no title of the whole
+    return Parsed(text, tuple(blocks), parser_identity("pypdf"), title, notes)
 
 
 _PARSERS: dict[str, Callable[[bytes, str, int], Parsed]] = {

@@ -18,6 +18,7 @@ from goldgate.pipeline.source import Listing, Selection, Source, SourceFile, bad
 Progress = Callable[[str, int, int], None]
 _LARGEST_SIDECAR = 1_000_000  # bytes
 _MOST_NAMED = 3
+_NO_EXTENSION = "none"
 
 
 def read_documents(
@@ -70,9 +71,9 @@ def _plan(selected: Sequence[SourceFile], listing: Listing, max_bytes: int) -> _
             if file.id.removesuffix(SIDECAR_SUFFIX) not in names:
                 reason = f"belongs to no document: expected the document's whole file name before {SIDECAR_SUFFIX}"
                 unreadable.append(Unreadable(id=one_line(file.id), reason=reason))
-        elif media_type_of(file.id) is None:
-            ignored[_extension(file.id)] += 1
-        elif reason := bad_name(file.id):
+        elif media_type_of(file.id) is None and not (file.problem and _extension(file.id) == _NO_EXTENSION):
+            ignored[_extension(file.id)] += 1  # a broken link without extension may have been a folder of documents
+        elif reason := file.problem or bad_name(file.id):
             unreadable.append(Unreadable(id=one_line(file.id), reason=reason))
         elif file.size > max_bytes:
             reason = f"is {file.size} bytes, larger than [read] max_bytes = {max_bytes}"
@@ -105,9 +106,9 @@ def _read_all(
 
 
 def _read_sidecars(source: Source, files: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, bytes | str]]:
-    small = [file for file in files if file.size <= _LARGEST_SIDECAR]
-    yield from ((file, "is too large") for file in files if file.size > _LARGEST_SIDECAR)
-    yield from source.read(small)
+    sound = [file for file in files if file.size <= _LARGEST_SIDECAR and not file.problem]
+    yield from ((file, file.problem or "is too large") for file in files if file not in sound)
+    yield from source.read(sound)
 
 
 def _document(
@@ -198,7 +199,7 @@ def _count(ignored: Counter[str]) -> str:
 
 def _extension(identity: str) -> str:
     name = identity.rsplit("/", 1)[-1]
-    return f".{name.rsplit('.', 1)[1].lower()}" if "." in name else "none"
+    return f".{name.rsplit('.', 1)[1].lower()}" if "." in name else _NO_EXTENSION
 
 
 def _plural(count: int, noun: str) -> str:

@@ -28,11 +28,13 @@ class SourceFile:
     id: str
     path: str
     size: int
+    problem: str = ""
+    """Why it cannot be read, where that is known from its entry alone."""
 
 
 @dataclass(slots=True)
 class Listing:
-    """Everything below the root: files in order of id, and what cannot even be listed."""
+    """Everything below the root: files in order of id, and folders that cannot be listed."""
 
     files: list[SourceFile] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
@@ -127,24 +129,25 @@ class _Folder:
                 self._entry(entry, identity, trail, found)
 
     def _entry(self, entry: os.DirEntry[str], identity: str, trail: tuple[str, ...], found: Listing) -> None:
+        folder, size, problem = False, 0, ""
+        real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(trail[-1], entry.name)  # noqa: PTH118
         try:
             status = entry.stat()  # follows a link; a loop of links fails here
+            folder, size = stat.S_ISDIR(status.st_mode), status.st_size
+            if not (folder or stat.S_ISREG(status.st_mode)):
+                problem = "is not a regular file"
         except OSError as error:
-            reason = "is a link that points to nothing" if isinstance(error, FileNotFoundError) else _reason(error)
-            found.unreadable.append(Unreadable(id=identity, reason=reason))
-            return
-        real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(trail[-1], entry.name)  # noqa: PTH118
-        folder = stat.S_ISDIR(status.st_mode)
-        if not (real + os.sep).startswith(self._root.rstrip(os.sep) + os.sep):
-            found.unreadable.append(Unreadable(id=identity, reason="is a link that leaves the knowledge folder"))
+            problem = "is a link that points to nothing" if isinstance(error, FileNotFoundError) else _reason(error)
+        if not problem and not (real + os.sep).startswith(self._root.rstrip(os.sep) + os.sep):
+            problem = "is a link that leaves the knowledge folder"
         elif folder and real in trail:
-            found.unreadable.append(Unreadable(id=identity, reason="is a link to a folder that it is in: a loop"))
-        elif folder:
+            problem = "is a link to a folder that it is in: a loop"
+        if folder and not problem:
             self._scan(entry.path, f"{identity}/", (*trail, real), found)
-        elif stat.S_ISREG(status.st_mode):
-            found.files.append(SourceFile(identity, entry.path, status.st_size))
+        elif folder:
+            found.unreadable.append(Unreadable(id=identity, reason=problem))
         else:
-            found.unreadable.append(Unreadable(id=identity, reason="is not a regular file"))
+            found.files.append(SourceFile(identity, entry.path, size, problem))
 
     def read(self, files: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, bytes | str]]:
         for file in files:

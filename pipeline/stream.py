@@ -251,7 +251,7 @@ def ray_session(actors: int) -> Iterator[None]:
         cpus = max(os.cpu_count() or 1, actors + 1)
         where = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
-        with _environment(), _muted("ray", logging.ERROR):
+        with _environment(), _muted("ray", logging.ERROR), _without_native_output():
             ray.init(**where, log_to_driver=False, configure_logging=False)
         yield
     finally:
@@ -277,6 +277,19 @@ def _environment() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without_native_output() -> Iterator[None]:
+    """Ray's native part writes to file descriptor 2, past Python, which log level it was given."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,8 @@ _REFUSALS = tuple(
 )
 _APOLOGY = re.compile(r"^(?:i(?:'m| am) (?:\w+ )?sorry|unfortunately|sorry|apologies|i apologi[sz]e)[,.:;]? *(?:but )?")
 _LEAD_IN = re.compile(
-    r"^(?:(?:based on|according to|from|given) [^,]{1,80}, |(?:the )?answer(?: to (?:this|the|your) question)?(?: is)?: )+"
+    r"^(?:(?:based on|according to|from|given) [^,]{1,80}, "
+    r"|(?:the )?answer(?: to (?:this|the|your) question)?(?: is)?: )+"
 )
 _TURN = re.compile(r"\b(?:but|however|although|though|nevertheless)\b,? (?P<rest>.+)")
 _SENTENCE = re.compile(r"(?<=[.!?])\s")

@@ -12,6 +12,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -37,11 +38,12 @@ LOGICAL_CPUS = 16
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -182,7 +184,8 @@ class _Cluster:
 
     def connect(self, host: str, port: int) -> None:
         """Start Ray on this machine, or join the cluster that RAY_ADDRESS names, and open Serve's proxy."""
-        os.environ.update({name: value for name, value in QUIET.items() if name.startswith("RAY_")})
+        # Before the imports: both read their settings when they are imported, and Ray's processes inherit them.
+        os.environ.update(QUIET)
         import ray
         from ray import serve
 
@@ -195,7 +198,7 @@ class _Cluster:
                     include_dashboard=None if elsewhere else False,
                     log_to_driver=False,
                     logging_level="ERROR",
-                    runtime_env={"env_vars": {k: v for k, v in QUIET.items() if not k.startswith("RAY_")}},
+                    runtime_env={"env_vars": QUIET} if elsewhere else None,
                     **({} if elsewhere else local),
                 )
                 self._own_ray = True
@@ -205,7 +208,7 @@ class _Cluster:
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=logs)
         except (OSError, RuntimeError, ValueError, ConnectionError) as error:
             raise EnvironmentFailure(
-                f"Ray does not start: {_last_lines(str(error))}",
+                f"Ray does not start: {cause_of(str(error))}",
                 "free memory and a writable /tmp",
                 "run goldgate doctor",
             ) from error
@@ -235,7 +238,7 @@ class _Cluster:
             if status is not None and str(status.status.value) in {"DEPLOY_FAILED", "UNHEALTHY"}:
                 messages = [status.message, *(d.message for d in status.deployments.values())]
                 raise EnvironmentFailure(
-                    f"the engine does not start: {_last_lines(max(messages, key=len))}",
+                    f"the engine does not start: {cause_of(max(messages, key=len))}",
                     "", "check [engine] of the model file and the free memory (goldgate doctor)",
                 )  # fmt: skip
             code, body = _healthz(url)
@@ -256,10 +259,12 @@ class _Cluster:
         # Ray tells the driver about its own shutdown as if it were a failure, on stdout.
         with _undisturbed(), contextlib.redirect_stdout(io.StringIO()):
             with contextlib.suppress(Exception):
+                # Deleting the application lets requests under way end; shutting Serve down would cut them off.
+                if self._deployed:
+                    serve.delete(self._name)
+            with contextlib.suppress(Exception):
                 if self._own_serve:
                     serve.shutdown()
-                elif self._deployed:
-                    serve.delete(self._name)
             if self._own_ray:
                 ray.shutdown()
         self._own_ray = self._own_serve = self._deployed = False
@@ -297,7 +302,7 @@ def _engine(model: Model, batch: int) -> Any:  # noqa: ANN401 - ray publishes no
     except ImportError as error:
         raise EnvironmentFailure(f"the engine is not installed ({error.name})", "", "install goldgate[cpu]") from error
     except ValueError as error:
-        raise UsageError(f"the engine cannot be configured: {_last_lines(str(error))}", "", "see [engine]") from error
+        raise UsageError(f"the engine cannot be configured: {cause_of(str(error))}", "", "see [engine]") from error
 
 
 def _healthz(url: str) -> tuple[int, dict[str, Any]]:
@@ -309,10 +314,14 @@ def _healthz(url: str) -> tuple[int, dict[str, Any]]:
     return reply.status_code, body if isinstance(body, dict) else {}
 
 
-def _last_lines(text: str, count: int = 3, longest: int = 500) -> str:
-    """Return the end of a traceback, where its cause stands, folded onto one line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-count:])[-longest:]
+_RAISED = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b[^:]*:", re.MULTILINE)
+
+
+def cause_of(traceback: str, longest: int = 400) -> str:
+    """Return the last exception of a traceback with its message, folded onto one line."""
+    raised = [match.start() for match in _RAISED.finditer(traceback)]
+    text = traceback[raised[-1] :] if raised else traceback
+    return " ".join(text.split())[:longest]
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # the in-process generator turns it off, and environments are inherited
     "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0",  # questions are not written to log files
 }
 

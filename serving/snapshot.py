@@ -14,21 +14,21 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from goldgate.pipeline.collection import Collection
 from goldgate.pipeline.errors import GoldgateError, Refused
 from goldgate.pipeline.params import load_params
 from goldgate.pipeline.schema import Answer, Failure, Principal, Query, Release
 from goldgate.pipeline.store import Store
-from goldgate.serving.answer import Answerer, Prepared, post_process
+from goldgate.serving.answer import Answerer, Prepared, open_answerer, post_process
 from goldgate.serving.api import Health, ServingFailure
 from goldgate.serving.generate import Generation, Generator, Renderer, load_generator, load_renderer
 from goldgate.serving.model import build_model, load_model_spec
-from goldgate.serving.prompt import load_prompt, render
+from goldgate.serving.prompt import render
 from goldgate.serving.release import load_release, release_folder
 
 WARM_UP = Query(question="What is this about?", principal=Principal())
 POLL_S = 1.0
 RETRY_S = 10.0
+WARM_UP_S = 300.0
 LONGEST_LABEL = 12
 """Characters within which `post_process` may still remove a leading label."""
 
@@ -57,34 +57,35 @@ EngineFor = Callable[[Release, Renderer], TextEngine]
 class LoadedRelease:
     """One release with its open collection, its prompt and its engine. It never changes."""
 
-    def __init__(
-        self, record: Release, answerer: Answerer, engine: TextEngine, collection: Collection, timeout_s: float
-    ) -> None:
-        """Keep the parts; `close` closes collection and engine. `timeout_s` bounds one answer."""
+    def __init__(self, record: Release, answerer: Answerer, engine: TextEngine, timeout_s: float) -> None:
+        """Keep the parts; `close` closes them. `timeout_s` bounds one answer."""
         self.record = record
         self.release = record.digest
         self._answerer = answerer
         self._engine = engine
-        self._collection = collection
         self._timeout_s = timeout_s
         # One thread: the embedder uses the cores by itself, and a collection handle is then never used twice at once.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retrieve")
 
     async def stream(self, query: Query) -> AsyncGenerator[str | Answer, None]:
         """Yield pieces of the answer's text, then the Answer; the pieces joined are its text. Raises ServingFailure."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                loop = asyncio.get_running_loop()
-                prepared = (await loop.run_in_executor(self._thread, self._answerer.prepare, [query]))[0]
-                async with contextlib.aclosing(self._pieces(prepared)) as pieces:
-                    async for item in pieces:
-                        yield item
-        except TimeoutError:
-            raise ServingFailure("timeout", f"no answer within {self._timeout_s:g} s") from None
-        except GoldgateError as error:
-            raise ServingFailure("error", str(error)) from error
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        async with contextlib.aclosing(self._pieces(query)) as pieces:
+            while True:
+                try:
+                    # Around each wait, never around a yield: a stream may be read by another task than began it.
+                    async with asyncio.timeout_at(deadline):
+                        item = await anext(pieces)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise ServingFailure("timeout", f"no answer within {self._timeout_s:g} s") from None
+                except GoldgateError as error:
+                    raise ServingFailure("error", str(error)) from error
+                yield item
 
-    async def _pieces(self, prepared: Prepared) -> AsyncGenerator[str | Answer, None]:
+    async def _pieces(self, query: Query) -> AsyncGenerator[str | Answer, None]:
+        prepared = await self._prepare(query)
         shown = ShownText()
         generation: Generation | Failure | None = None
         if prepared.settled is None:
@@ -101,10 +102,13 @@ class LoadedRelease:
             yield rest
         yield done
 
+    async def _prepare(self, query: Query) -> Prepared:
+        loop = asyncio.get_running_loop()
+        return (await loop.run_in_executor(self._thread, self._answerer.prepare, [query]))[0]
+
     async def warm(self) -> None:
         """Retrieve once and generate one answer, whatever was found. Raises ServingFailure."""
-        loop = asyncio.get_running_loop()
-        prepared = (await loop.run_in_executor(self._thread, self._answerer.prepare, [WARM_UP]))[0]
+        prepared = await self._prepare(WARM_UP)
         if prepared.settled is not None:
             messages = render(self._answerer.prompt, WARM_UP, prepared.passages[:1])
             rendered = self._answerer.generator.render(messages)
@@ -116,7 +120,7 @@ class LoadedRelease:
     def close(self) -> None:
         """Close collection and engine after what is being retrieved."""
         self._thread.shutdown(wait=True)
-        self._collection.close()
+        self._answerer.close()
         self._engine.close()
 
 
@@ -125,9 +129,7 @@ def load_snapshot(store: Store, digest: str, engine_for: EngineFor) -> LoadedRel
 
     Raises Refused (changed bytes, another model than was released), the errors of each part, and RestartNeeded.
     """
-    from goldgate.pipeline.embedder import load_embedder
-    from goldgate.pipeline.index import load_generation, open_collection
-    from goldgate.serving.retrieve import Retriever
+    from goldgate.pipeline.index import load_generation
 
     record = load_release(store, digest)
     folder = release_folder(store, digest)
@@ -141,11 +143,15 @@ def load_snapshot(store: Store, digest: str, engine_for: EngineFor) -> LoadedRel
     else:
         renderer = load_generator(model, params.answer)
         engine = ThreadEngine(renderer)
-    embedder = load_embedder(params.embed, load_generation(record.generation, store).dtype)
-    collection = open_collection(record.generation, store)
-    retriever = Retriever(collection, embedder, params.retrieve)
-    answerer = Answerer(retriever, load_prompt(folder / "prompt.toml"), renderer, digest)
-    return LoadedRelease(record, answerer, engine, collection, params.answer.timeout_s)
+    try:
+        answerer = open_answerer(
+            load_generation(record.generation, store), params.embed, params.retrieve, folder / "prompt.toml",
+            folder / "model.toml", params.answer, store, generator=renderer, release=digest,
+        )  # fmt: skip
+    except BaseException:
+        engine.close()
+        raise
+    return LoadedRelease(record, answerer, engine, params.answer.timeout_s)
 
 
 class ShownText:
@@ -284,8 +290,8 @@ class Live:
         """Look at the pointer once and switch if it names another release."""
         try:
             digest = await asyncio.to_thread(self._pointer)
-        except GoldgateError as error:
-            self._fail("", str(error))
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with the pointer, the watch must go on
+            self._fail("", str(error) or type(error).__name__)
             return
         current = self._current.snapshot.release if self._current else ""
         if digest is None or digest == current:
@@ -305,12 +311,17 @@ class Live:
             snapshot = await asyncio.to_thread(self._load, digest)
             self._reason = "the engine is starting"
             try:
-                await snapshot.warm()
+                # The first warm-up waits for the engine to start, which the starting process bounds.
+                async with asyncio.timeout(WARM_UP_S if self._current else None):
+                    await snapshot.warm()
             except BaseException:
                 await asyncio.to_thread(snapshot.close)
                 raise
         except RestartNeeded:
-            self._restart_needed, self._failed = digest, (digest, time.monotonic())
+            if self._current is None:  # promoted while this deployment was starting
+                self._fail(digest, "it needs another engine, start the deployment again")
+            else:
+                self._restart_needed, self._failed = digest, (digest, time.monotonic())
             return
         except (GoldgateError, ServingFailure) as error:
             self._fail(digest, str(error))

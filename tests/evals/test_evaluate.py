@@ -102,7 +102,7 @@ def test_system_and_parts_are_read_from_the_build_folder(workspace: Workspace) -
     with pytest.raises(UsageError, match="names system 'htpt'"):
         workspace.run()
     (workspace.build / "parts.json").write_text("[")
-    with pytest.raises(UsageError, match="parts.json cannot be read"):
+    with pytest.raises(UsageError, match=r"parts\.json cannot be read"):
         workspace.run()
 
 

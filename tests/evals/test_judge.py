@@ -38,6 +38,7 @@ from goldgate.pipeline.embedder import Embedder
         ("It waits 500ms.", "500 ms"),
         ("It waits 12.5 seconds.", "12.5 s"),
         ("five percent", "5%"),
+        ("at 05 minutes", "5 minutes"),
         ("5 per cent of it", "5 percent"),
         ("There are twenty-five of them", "25"),
         ("released on March 3rd, 2018", "2018-03-03"),
@@ -245,7 +246,9 @@ def test_claims_leave_out_what_asserts_nothing() -> None:
     assert split_claims("I don't know.") == []
 
 
-PASSAGE = "The gate compares a candidate with production. The default margin is 5 points. A verdict is signed."
+PASSAGE = (
+    "The gate compares a candidate with production on any date. The default margin is 5 points. A verdict is signed."
+)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +259,7 @@ PASSAGE = "The gate compares a candidate with production. The default margin is 
         ("The default margin is 3 points.", False),
         ("The default margin is not 5 points.", False),
         ("Rome was founded by Romulus.", False),
+        ("The candidate was compared on 3 March 2018.", False),
         ("The default margin of 5 points was invented by Napoleon in Paris.", False),
     ],
 )

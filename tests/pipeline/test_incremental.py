@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,16 +13,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from goldgate.pipeline import edge as edge_module
+from goldgate.pipeline import index as index_module
 from goldgate.pipeline.embed import CHUNKS_FILE, COUNTS_FILE, EMBEDDINGS_FILE, EmbedCounts, embed
-from goldgate.pipeline.params import ChunkParams, EmbedParams
-from goldgate.pipeline.parquet import read_records
-from goldgate.pipeline.schema import Chunk, Document
+from goldgate.pipeline.embedder import load_embedder
+from goldgate.pipeline.index import index, open_collection
+from goldgate.pipeline.params import ChunkParams, EmbedParams, IndexParams, RetrieveParams
+from goldgate.pipeline.parquet import read_records, write_records
+from goldgate.pipeline.schema import Chunk, Document, Passage, Principal
 from goldgate.pipeline.store import Store
 from goldgate.pipeline.stream import ray_session
 from tests.pipeline.corpus import document
 
 CHUNK = ChunkParams(max_tokens=24, overlap_tokens=6)
 NAMES = [f"{folder}{letter}.md" for folder in ("", "deep/") for letter in "abcd"]
+QUERIES = ["What may a gate never pass?", "how to roll back a release", "Fact 7", "Sprache"]
+PRINCIPALS = [Principal()] * len(QUERIES)
 PARAGRAPHS = [
     "# The gate\n\nThe gate compares a candidate with production. It never passes what was not measured.",
     "# Releases\n\n## Promote\n\nA release is immutable; production points to one of them.",
@@ -104,12 +112,28 @@ class Builder:
         return counts
 
     def result(self) -> dict[str, bytes]:
-        """Everything that must be equal, byte for byte."""
+        """The files that must be equal, byte for byte."""
         return {name: (self.out / name).read_bytes() for name in (CHUNKS_FILE, EMBEDDINGS_FILE, COUNTS_FILE)}
 
+    def manifest(self, corpus: dict[str, list[str]]) -> tuple[str, bytes]:
+        """The generation's digest and its manifest."""
+        ordered = sorted(documents(corpus), key=lambda doc: doc.id)
+        write_records(self.out / "documents.parquet", ordered, Document)
+        digest = index(self.out, IndexParams(), self.store).digest
+        return digest, self.store.path("generations", digest, "manifest.json").read_bytes()
 
-def check(start: dict[str, list[str]], script: list[Edit], builder: Builder, scratch: Builder) -> None:
-    """Build after every edit in one store, and the last state from scratch in another."""
+    def collection(self, digest: str) -> tuple[bytes, list[list[Passage]]]:
+        """The collection's export, and the ranked passages of fixed queries with their scores."""
+        vectors = load_embedder(self.params, "float32").embed_queries(QUERIES)
+        collection = open_collection(digest, self.store)
+        try:
+            return collection.export(), collection.query(vectors, QUERIES, PRINCIPALS, RetrieveParams())
+        finally:
+            collection.close()
+
+
+def check(start: dict[str, list[str]], script: list[Edit], builder: Builder, scratch: Builder) -> str:
+    """Build after every edit in one store, and the last state from scratch in another; returns the generation."""
     corpus = start
     builder.build(corpus)
     for edit in script:
@@ -117,20 +141,57 @@ def check(start: dict[str, list[str]], script: list[Edit], builder: Builder, scr
         builder.build(corpus)
     scratch.build(corpus)
     assert builder.result() == scratch.result()
+    assert builder.manifest(corpus) == scratch.manifest(corpus)
+    return builder.manifest(corpus)[0]
 
 
+@pytest.fixture
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish generations without loading their collections."""
+    monkeypatch.setattr(index_module, "open_collection", lambda *given: io.BytesIO())
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do what the child process does to load a collection, without starting one for each."""
+    monkeypatch.setattr(index_module, "build_shard", lambda source, out, progress: edge_module._build(source, out))
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Makes pairs of fresh builders."""
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        numbers = itertools.count()
+        yield lambda: tuple(Builder(Path(folder, f"{next(numbers)}"), HASHING, "local") for _ in range(2))  # type: ignore[return-value]
+
+
+Pair = Callable[[], tuple[Builder, Builder]]
 MEMORY = Path("/dev/shm")  # where flushing to the disk, a thousand times here, costs nothing
 HASHING = EmbedParams(model="hashing")
 REAL = EmbedParams(batch_rows=8)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(corpora, scripts)
-def test_an_incremental_build_equals_one_from_scratch(start: dict[str, list[str]], script: list[Edit]) -> None:
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        check(
-            start, script, Builder(Path(folder) / "a", HASHING, "local"), Builder(Path(folder) / "b", HASHING, "local")
-        )
+RELAXED = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)  # the fixtures hold no state that examples share
+
+
+@settings(RELAXED, max_examples=200)
+@given(start=corpora, script=scripts)
+def test_an_incremental_build_equals_one_from_scratch(
+    no_collection: None, pair: Pair, start: dict[str, list[str]], script: list[Edit]
+) -> None:
+    check(start, script, *pair())
+
+
+@settings(RELAXED, max_examples=15)
+@given(start=corpora, script=scripts)
+def test_its_collection_and_its_rankings_are_equal_too(
+    in_this_process: None, pair: Pair, start: dict[str, list[str]], script: list[Edit]
+) -> None:
+    builder, scratch = pair()
+    digest = check(start, script, builder, scratch)
+    assert builder.collection(digest) == scratch.collection(digest)
 
 
 def test_editing_one_document_embeds_its_changed_chunks_only(tmp_path: Path) -> None:
@@ -203,3 +264,8 @@ def test_over_ray_with_the_real_embedder(grown: Builder, tmp_path: Path, name: s
     scratch = Builder(tmp_path, REAL, "local")
     scratch.build(corpus)
     assert grown.result() == scratch.result()
+    digest, manifest = grown.manifest(corpus)
+    assert (digest, manifest) == scratch.manifest(corpus)
+    exported, ranked = grown.collection(digest)
+    assert (exported, ranked) == scratch.collection(digest)
+    assert all(ranked)  # every query found something to rank

@@ -106,12 +106,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(store: Store, timeout_s: float = 300) -> Iterator[Deployment]:
+def serving(store: Store, timeout_s: float = 300, **environment: str) -> Iterator[Deployment]:
     """Serve the production release of `store` on a free port, in a process of its own; not yet healthy."""
     port = free_port()
     release = releases.production(store)
     with tempfile.NamedTemporaryFile(suffix=".serve.log", delete=False) as log:
-        process = start_server(store, port, timeout_s, log)
+        process = start_server(store, port, timeout_s, log, environment)
     try:
         yield Deployment(f"http://127.0.0.1:{port}", store, release or "", process, Path(log.name))
     finally:
@@ -119,13 +119,19 @@ def serving(store: Store, timeout_s: float = 300) -> Iterator[Deployment]:
         Path(log.name).unlink(missing_ok=True)
 
 
-def start_server(store: Store, port: int, timeout_s: float, log: object) -> subprocess.Popen[bytes]:
+def start_server(
+    store: Store, port: int, timeout_s: float, log: object, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", SERVE, str(store.root), str(port), str(timeout_s)]
-    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
-    environment.pop("RAY_ADDRESS", None)
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True  # type: ignore[call-overload]
-    )  # fmt: skip
+        command,
+        stdout=log,  # type: ignore[call-overload]
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env={**inherited, **environment},
+        start_new_session=True,
+    )
 
 
 def stop_server(process: subprocess.Popen[bytes], patience_s: float = 60) -> int:

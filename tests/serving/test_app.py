@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import subprocess
@@ -22,8 +21,9 @@ from goldgate.pipeline.errors import EnvironmentFailure, Refused, UsageError
 from goldgate.pipeline.schema import Answer, Principal
 from goldgate.pipeline.store import Store
 from goldgate.serving import release as releases
-from goldgate.serving.app import check_port, serve_application
+from goldgate.serving.app import cause_of, check_port, serve_application
 from goldgate.serving.deploy import ask_http, health, wait_healthy
+from tests.serving.endpoint import Endpoint, Reply, endpoint, stream
 from tests.serving.models import model_folder, write_model_file
 from tests.serving.serve_fixture import (
     DOCUMENTS,
@@ -42,14 +42,27 @@ ACME = Principal(tenant="acme", labels=("ops",))
 CHANGED = {**DOCUMENTS, "ports.md": "The deployment listens on port 9000 by default."}
 
 
+def slow_reply(_: int, body: dict[str, object]) -> Reply:
+    """The model behind the endpoint takes its time over one question."""
+    reply = stream(["Port ", "8000."])
+    reply.stall_s = 4 if "slowly" in str(body["messages"]) else 0
+    return reply
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def model() -> Iterator[Endpoint]:
+    with endpoint(slow_reply) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, model: Endpoint) -> Iterator[Deployment]:
     """One deployment for this module: release A, made from DOCUMENTS."""
     folder = tmp_path_factory.mktemp("served")
     store = Store.open(folder / "store")
     first = make_release(store, folder / "a")
     releases.promote(store, first.digest, actor="test")
-    with serving(store) as running:
+    with serving(store, GOLDGATE_LLM_URL=model.url) as running:
         wait_for(running)
         yield running
 
@@ -296,17 +309,41 @@ def test_a_truncated_model_file_is_one_line(store: Store, tmp_path: Path) -> Non
     assert str(weights) in line
 
 
+def test_the_cause_of_a_long_traceback_is_its_last_exception() -> None:
+    text = (
+        "The deployment failed to start 1 times. Error:\n\x1b[36mray::Replica\x1b[39m\n  File x\nKeyError: 'a'\n\n"
+        "During handling ...\n  File y, line 2\nRuntimeError: Failed to create the config: 1 error\n"
+        "  Value error, max_model_len (9) is greater than 8\n"
+    )
+    assert cause_of(text) == (
+        "RuntimeError: Failed to create the config: 1 error Value error, max_model_len (9) is greater than 8"
+    )
+    assert cause_of("something\n  else") == "something else"
+    assert len(cause_of("ValueError: " + "x" * 9999)) == 400
+
+
 # ---------------------------------------------------------------- the end
 
 
-def test_stopping_leaves_no_process_behind(served: Deployment) -> None:
-    """The last test of this module: it ends the deployment."""
+def test_stopping_lets_an_answer_end_and_leaves_no_process_behind(
+    served: Deployment, model: Endpoint, tmp_path: Path
+) -> None:
+    """The last test of this module: it ends the deployment while an answer is under way."""
+    other = make_release(served.store, tmp_path / "b", model="openai-compatible.toml")
+    releases.promote(served.store, other.digest, actor="test")
+    wait_healthy(served.url, other.digest, timeout_s=60)
     started = psutil.Process(served.process.pid).children(recursive=True)
     assert len(started) > 5
+    answers: list[Answer] = []
+    question = "Say slowly on which port the deployment listens"
+    asking = threading.Thread(target=lambda: answers.append(ask(served, question=question)))
+    asking.start()
+    _wait_until(lambda: any("slowly" in str(body["messages"]) for body in model.seen))
     assert stop_server(served.process) == 0
+    asking.join()
+    assert [(answer.text, answer.release) for answer in answers] == [("Port 8000.", other.digest)]
     _, left = psutil.wait_procs(started, timeout=20)
     assert [p.cmdline()[:3] for p in left] == []
-    with contextlib.suppress(httpx.HTTPError):
+    with pytest.raises(httpx.HTTPError):
         httpx.get(f"{served.url}/healthz", timeout=2)
-        pytest.fail("somebody still answers")
     assert "Traceback" not in served.log.read_text(errors="replace")

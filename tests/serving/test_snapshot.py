@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -108,7 +109,7 @@ def assert_set(gate: threading.Event) -> None:
 
 def with_engine(snapshot: LoadedRelease, engine: Said, timeout_s: float = 30) -> LoadedRelease:
     """The same release with another engine."""
-    return LoadedRelease(snapshot.record, snapshot._answerer, engine, snapshot._collection, timeout_s)
+    return LoadedRelease(snapshot.record, snapshot._answerer, engine, timeout_s)
 
 
 # ---------------------------------------------------------------- which release answers
@@ -290,3 +291,26 @@ def test_a_reader_that_goes_away_ends_the_generation(store: Store, two: tuple[st
         return engine
 
     assert asyncio.run(run()).left_early
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error_event(store: Store, two: tuple[str, str]) -> None:
+    """Over HTTP another task reads the stream than the one that began it."""
+
+    class SlowAfterWarmUp(Said):
+        async def stream(self, prepared: Prepared) -> AsyncGenerator[str | Generation | Failure, None]:
+            yield "Port 8000 is it, "
+            if prepared.query == QUERY:
+                await asyncio.sleep(60)
+            yield Generation(text="Port 8000 is it, ")
+
+    live = Live(
+        "default", lambda: two[0], lambda digest: with_engine(Pointer(store).load(digest), SlowAfterWarmUp(), 1)
+    )
+    asyncio.run(live.follow())
+    body = {"question": QUERY.question, "stream": True}
+    reply = TestClient(build_api(live)).post("/v1/answers", json=body)
+    *_, last = reply.text.strip().splitlines()
+    assert reply.status_code == 200
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "timeout"
+    assert '"piece":"Port 8000 is it,"' in reply.text
+    live.close()
