@@ -18,7 +18,8 @@ _DOUBLE_REFUSAL = "I don't know."
 class ExtractiveGenerator(PlainRenderer):
     """Answers with the sentence of the prompt that shares most words with the question. Quick and deterministic.
 
-    The last line of the last user turn is the question, everything before it in that turn the passages.
+    The last line of the last user turn that begins with "Question:", else its last line, is the question; what stands
+    before it in that turn is the passages.
     """
 
     def generate(self, batch: Sequence[Messages]) -> list[Generation | Failure]:
@@ -37,8 +38,10 @@ class ExtractiveGenerator(PlainRenderer):
     def _answer(self, messages: Messages) -> Generation:
         started = time.monotonic()
         turn = next(m.content for m in reversed(messages) if m.role == "user").rstrip()
-        passages, _, question = turn.rpartition("\n")
-        asked = _content_words(question.removeprefix("Question:"))
+        passages, marked, rest = turn.rpartition("\nQuestion:")
+        if not marked:
+            passages, _, rest = turn.rpartition("\n")
+        asked = _content_words(rest.split("\n")[0])
         sentences = [s.strip() for s in _SENTENCE_END.split(passages) if s.strip()]
         best, share = "", 0.0
         for sentence in sentences:
