@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 COPIED = ("knowledge", "golden", "serving/prompts", "serving/models", "params.toml", "baseline.json")
 QUESTIONS = (
-    "Which exit code does goldgate return when the verdict is INCONCLUSIVE?",
-    "How many passages are given to the model by default?",
-    "Which port does goldgate serve listen on by default?",
+    "Which exit code does INCONCLUSIVE have?",
+    "What is the default alpha in the policy?",
+    "How are the two rankings combined?",
 )
 NEW_FACT_QUESTION = "How long does the demo take on two cores?"
 SERVE_TIMEOUT_S = 600.0

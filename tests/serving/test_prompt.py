@@ -18,14 +18,16 @@ def query(question: str, *history: Message) -> Query:
     return Query(question=question, history=history, principal=Principal())
 
 
-def test_the_shipped_prompt_is_static_first_and_ends_with_the_question() -> None:
+def test_the_shipped_prompt_is_static_first_and_variable_last() -> None:
     prompt = load_prompt(SHIPPED / "grounded.toml")
     messages = render(prompt, query("Where is it?"), [passage("One."), passage("Two.")])
     assert [m.role for m in messages] == ["system", "user"]
     assert messages[0].content == prompt.system
     turn = messages[1].content
     assert turn.index("[1] One.") < turn.index("[2] Two.") < turn.index("Where is it?")
-    assert turn.endswith("Where is it?")
+    other = render(prompt, query("Who?"), [passage("Three.")])
+    assert other[0] == messages[0], "nothing of one request may stand in the rules"
+    assert turn.rpartition("Where is it?")[2] == other[1].content.rpartition("Who?")[2]
 
 
 def test_the_conversation_stands_between_rules_and_passages_and_cannot_bring_rules_of_its_own() -> None:
