@@ -8,6 +8,7 @@ from goldgate.pipeline.errors import NotComputed, UsageError
 from goldgate.pipeline.params import EvaluateParams
 from goldgate.pipeline.schema import CaseAnswer, Document, GoldCase, Report
 from goldgate.pipeline.store import Store
+from goldgate.serving.prompt import load_prompt
 from goldgate.serving.release import load_release, production, release_folder
 
 
@@ -49,7 +50,8 @@ def production_report(store: Store, digest: str, candidate: Report, cases: Seque
         old = {case.id: case for case in load_cases(folder / "cases.jsonl")}
         answers = read_answers(folder / "answers.jsonl")
         documents = release_documents(store, digest)
-        return _measure_again(stored, candidate, merge_cases(old, cases), answers, documents)
+        rules = load_prompt(folder / "prompt.toml").system
+        return _measure_again(stored, candidate, merge_cases(old, cases), answers, documents, rules)
     except UsageError as error:
         raise NotComputed(f"production's answers cannot be measured again: {error}") from error
 
@@ -74,7 +76,7 @@ def _definitions(report: Report) -> dict[str, tuple[str, str]]:
 
 def _measure_again(
     stored: Report, candidate: Report, cases: Sequence[GoldCase], answers: Mapping[str, CaseAnswer],
-    documents: Mapping[str, Document],
+    documents: Mapping[str, Document], rules: str,
 ) -> Report:  # fmt: skip
     from goldgate.evals.evaluate import Inputs, evaluate, load_similarity
 
@@ -83,6 +85,6 @@ def _measure_again(
     inputs = Inputs(
         cases=tuple(cases), answers=answers, params=EvaluateParams(metrics=metrics), system="builtin",
         parts=stored.parts, documents=documents, similarity=load_similarity(), unreadable=stored.unreadable,
-        git=stored.git,
+        git=stored.git, system_prompt=rules,
     )  # fmt: skip
     return evaluate(inputs)

@@ -279,7 +279,8 @@ def candidate_parts(ws: Workspace, store: Store) -> dict[str, str]:
         "embedder": generation.embedder,
         "retrieval": digest_json(params.retrieve.model_dump(mode="json")),
         "prompt": digest_file(ws.beside_params(params.prompt.file)),
-        "model": digest_json([model.digest, params.answer.model_dump(mode="json")]),
+        "model": model.digest,
+        "answering": digest_json(params.answer.model_dump(mode="json")),
         "code": answer_path_digest(),
     }
 

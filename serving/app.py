@@ -202,7 +202,8 @@ class _Cluster:
                     **({} if elsewhere else local),
                 )
                 self._own_ray = True
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            for chatty in ("ray", "ray.serve", "httpx"):  # ray.llm sends all of INFO to the console
+                logging.getLogger(chatty).setLevel(logging.ERROR)
             self._own_serve = not _serve_runs()
             logs = {"log_level": "ERROR", "enable_access_log": False}
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=logs)

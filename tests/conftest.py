@@ -21,6 +21,7 @@ from goldgate.pipeline.store import Store
 if TYPE_CHECKING:
     from goldgate.pipeline.embedder import Embedder
     from goldgate.serving.generate import Generator
+    from tests.serving.serve_fixture import Deployment
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -72,3 +73,12 @@ def generator(session_store: Store) -> Iterator[Generator]:
     loaded = load_generator(model, AnswerParams())
     yield loaded
     loaded.close()
+
+
+@pytest.fixture(scope="session")
+def deployment(session_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """The real model on Ray Serve and vLLM: the one Serve start with an engine of the whole run."""
+    from tests.serving.serve_fixture import deployment_of_the_real_model
+
+    with deployment_of_the_real_model(session_store, tmp_path_factory.mktemp("deployment")) as running:
+        yield running
