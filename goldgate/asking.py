@@ -31,10 +31,11 @@ def ask_question(
 
         return show_stream(ask_http(url, query.question, query.principal), as_json=as_json)
     store = ws.store()
+    opened = open_candidate(ws, store) if candidate else _open_live(ws, store)
     with contextlib.ExitStack() as stack:
         with Reporter() as progress:
             progress("loading the model", 0, 0)
-            answerer = stack.enter_context(open_candidate(ws, store) if candidate else _open_live(ws, store))
+            answerer = stack.enter_context(opened)
         return show_stream(answerer.stream(query), as_json=as_json)
 
 

@@ -549,8 +549,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = app(args=given, standalone_mode=False, prog_name="goldgate")
         code = int(result) if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        note("goldgate: interrupted; what was finished is kept")
         code = ExitCode.INTERRUPTED
+    except SystemExit as error:
+        # typer turns Ctrl-C into this, whatever the mode.
+        code = error.code if isinstance(error.code, int) else ExitCode.BUG
     except typer.TyperException as error:
         _explain_usage(error)
         code = ExitCode.USAGE
@@ -563,6 +565,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 0
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug is told as one line, with its own code
         code = _explain_unexpected(error, show_traceback=show_traceback)
+    if code == ExitCode.INTERRUPTED:
+        note("goldgate: interrupted; what was finished is kept")
     _leave_exit_code(int(code))
     return int(code)
 

@@ -222,7 +222,7 @@ class MiniLMEmbedder:
 
 
 def use_threads(threads: int) -> None:
-    """Compute with `threads` threads in this process. Changes the speed and not the vectors."""
+    """Let models that load from now on compute with `threads` threads. Changes the speed and not the vectors."""
     import torch
 
     torch.set_num_threads(max(1, threads))
@@ -352,8 +352,11 @@ def _load_encoder(folder: Path, dtype: Dtype) -> Callable[[np.ndarray, np.ndarra
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _load_model(folder, getattr(torch, dtype)).to(device)
+    all_threads = torch.get_num_threads()
 
     def encode(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        # A single row is too small to share out: beside a busy engine its threads would mostly wait for each other.
+        torch.set_num_threads(1 if len(tokens) == 1 else all_threads)
         with torch.inference_mode():
             seen = torch.from_numpy(mask).to(device)
             hidden = model(input_ids=torch.from_numpy(tokens).to(device), attention_mask=seen).last_hidden_state

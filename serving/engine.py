@@ -6,9 +6,8 @@ takes a prompt which the ingress has rendered and tokenized. The engine never ap
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.llm._internal.common.callbacks.base import CallbackBase  # no public name; ray is pinned
@@ -17,7 +16,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 
 from goldgate.serving.generate import engine_arguments
-from goldgate.serving.handle import EnginePiece, EnginePrompt
+from goldgate.serving.handle import EnginePiece, EnginePrompt, piece_of
 from goldgate.serving.model import Model
 
 if TYPE_CHECKING:
@@ -72,25 +71,9 @@ class EngineServer(LLMServer):  # type: ignore[misc]
         )
         async for events in await self.completions(completion):
             for event in events if isinstance(events, list) else [events]:
-                piece = _piece(event)
+                piece = piece_of(event)
                 if piece is not None:
                     yield piece
-
-
-def _piece(event: object) -> EnginePiece | None:
-    """Return what one server-sent event of vLLM's completions endpoint says. Raises ValueError for an error."""
-    if not isinstance(event, str):
-        error = getattr(event, "error", event)
-        raise ValueError(str(getattr(error, "message", error)))
-    data = event.strip().removeprefix("data:").strip()
-    if not data or data == "[DONE]":
-        return None
-    reply: dict[str, Any] = json.loads(data)
-    if "error" in reply:
-        raise ValueError(str(reply["error"].get("message", reply["error"])))
-    usage = reply.get("usage") or {}
-    text = "".join(choice.get("text") or "" for choice in reply.get("choices", []))
-    return EnginePiece(text, usage.get("prompt_tokens"), usage.get("completion_tokens"))
 
 
 def engine_deployment(model: Model, batch: int) -> Application:

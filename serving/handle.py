@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,3 +24,19 @@ class EnginePiece:
     text: str
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+
+
+def piece_of(event: object) -> EnginePiece | None:
+    """Return what one server-sent event of vLLM's completions endpoint says. Raises ValueError for an error."""
+    if not isinstance(event, str):
+        error = getattr(event, "error", event)
+        raise ValueError(str(getattr(error, "message", error)))
+    data = event.strip().removeprefix("data:").strip()
+    if not data or data == "[DONE]":
+        return None
+    reply: dict[str, Any] = json.loads(data)
+    if "error" in reply:
+        raise ValueError(str(reply["error"].get("message", reply["error"])))
+    usage = reply.get("usage") or {}
+    text = "".join(choice.get("text") or "" for choice in reply.get("choices", []))
+    return EnginePiece(text, usage.get("prompt_tokens"), usage.get("completion_tokens"))

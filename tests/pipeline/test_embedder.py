@@ -162,7 +162,7 @@ def test_the_probe_takes_the_clearly_faster(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_vector_depends_only_on_its_text_bit_for_bit(dtype: str) -> None:
     model = load_embedder(EmbedParams(batch_rows=4), dtype)
-    texts = sentences(22)
+    texts = sentences(10)
     alone = [model.embed([text]).tobytes() for text in texts]
     assert [row.tobytes() for row in model.embed(texts)] == alone
     assert [row.tobytes() for row in model.embed(texts[::-1])][::-1] == alone
@@ -176,12 +176,12 @@ def test_a_vector_depends_only_on_its_text_bit_for_bit(dtype: str) -> None:
 def test_threads_change_no_bits(dtype: str) -> None:
     import torch
 
-    model = load_embedder(EmbedParams(batch_rows=8), dtype)
-    texts, before = sentences(12), torch.get_num_threads()
+    texts, before = sentences(6), torch.get_num_threads()
     found = set()
     try:
         for threads in (1, 2, 3):
             use_threads(threads)
+            model = load_embedder(EmbedParams(batch_rows=4), dtype)
             found.add((model.embed(texts).tobytes(), model.embed_queries(texts[:3]).tobytes()))
     finally:
         use_threads(before)
@@ -190,7 +190,7 @@ def test_threads_change_no_bits(dtype: str) -> None:
 
 @pytest.mark.engine
 def test_bfloat16_stays_close_to_float32() -> None:
-    texts = sentences(40)
+    texts = sentences(24)
     exact = load_embedder(EmbedParams(), "float32").embed(texts)
     rounded = load_embedder(EmbedParams(), "bfloat16").embed(texts)
     assert (exact * rounded).sum(axis=1).min() >= 0.999

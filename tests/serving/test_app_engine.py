@@ -96,8 +96,7 @@ def test_the_engine_has_no_door_and_no_telemetry(deployment: Deployment) -> None
     assert not any("TelemetryAgent" in name for name in names)
 
 
-def test_a_client_that_goes_away_frees_the_engine(deployment: Deployment) -> None:
-    """Sixteen abandoned streams: were they still generated, the next answer would wait for all of them."""
+def test_clients_that_go_away_harm_nobody(deployment: Deployment) -> None:
     for _ in range(16):
         body = {"question": QUESTIONS[1], "stream": True}
         with httpx.stream("POST", f"{deployment.url}/v1/answers", json=body, timeout=60) as reply:
