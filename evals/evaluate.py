@@ -25,7 +25,6 @@ from goldgate.evals.scores import LLM_METRICS, CaseContext
 from goldgate.pipeline.embedder import load_embedder
 from goldgate.pipeline.errors import EnvironmentFailure, GoldgateError, NotComputed, UsageError
 from goldgate.pipeline.params import EmbedParams, EvaluateParams, Params
-from goldgate.pipeline.parquet import read_records
 from goldgate.pipeline.schema import (
     CaseAnswer,
     CaseReport,
@@ -179,6 +178,8 @@ def _documents(build: Path) -> dict[str, Document] | None:
     path = build / "documents.parquet"
     if not path.exists():
         return None
+    from goldgate.pipeline.parquet import read_records  # the core install judges applications without it
+
     return {document.id: document for document in read_records(path, Document)}
 
 

@@ -17,8 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_MB = 400
 FACTS = {
-    "How tall is the tower?": "The tower is 42 metres tall.",
-    "Who built it?": "It was built by Ada Byron in 1843.",
+    f"How tall is tower {name}?": f"Tower {name} is {40 + n} metres tall." for n, name in enumerate("ABCDEFGHIJKL")
 }
 REFUSAL = "I don't know."
 
@@ -95,7 +94,7 @@ def test_it_is_small_and_carries_nothing_heavy(core: Path) -> None:
 
 def write_project(folder: Path, url: str) -> None:
     cases = [
-        {"id": f"fact-{n}", "question": q, "expected_answer": a, "must_say": [a.split()[-2]], "answerable": True}
+        {"id": f"fact-{n}", "question": q, "expected_answer": a, "must_say": [a.split()[3]], "answerable": True}
         for n, (q, a) in enumerate(FACTS.items())
     ]
     cases.append({"id": "unknown", "question": "What does it weigh?", "answerable": False})
@@ -106,8 +105,8 @@ def write_project(folder: Path, url: str) -> None:
     )
     (folder / "gate.toml").write_text(
         'zero_tolerance = ["leaks"]\n'
-        '[[conditions]]\nmetric = "correctness"\nmargin = 0.9\nfloor = 0.1\n'
-        '[[conditions]]\nmetric = "abstention"\nmargin = 0.9\n',
+        '[[conditions]]\nmetric = "correctness"\nmargin = 0.5\nfloor = 0.1\n'
+        '[[conditions]]\nmetric = "abstention"\nmargin = 0.5\n',
         encoding="utf-8",
     )
 
@@ -136,12 +135,13 @@ def test_it_judges_an_application_over_http(
     measure(core, tmp_path, "same")
     against = ("--against", "production/report.json", "--policy", "gate.toml", "--golden", "cases.jsonl", "--json")
     same = goldgate(core, tmp_path, "gate", *against, "--build", "same")
-    # Three cases cannot show a margin, and never does a small set become a PASS.
-    assert same.returncode in {2, 3}, same.stdout + same.stderr
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert json.loads(same.stdout)["verdict"] == "PASS"
     handler.broken = True
     measure(core, tmp_path, "worse")
     worse = goldgate(core, tmp_path, "gate", *against, "--build", "worse")
-    assert worse.returncode in {1, 2, 3}, worse.stdout + worse.stderr
+    assert worse.returncode == 1, worse.stdout + worse.stderr
+    assert json.loads(worse.stdout)["verdict"] == "FAIL"
 
 
 def test_what_needs_the_extras_says_so(core: Path, tmp_path: Path) -> None:
