@@ -253,12 +253,14 @@ def _wait_started(url: str, process: subprocess.Popen[bytes], progress: Reporter
     """Wait in short rounds, so that a server that died is told at once and not after the whole time-out."""
     from goldgate.serving.deploy import wait_healthy
 
-    deadline = time.monotonic() + SERVE_TIMEOUT_S
+    started = time.monotonic()
     while True:
+        elapsed = int(time.monotonic() - started)
+        progress(f"Ray Serve and vLLM are starting (one to three minutes), {elapsed} s", 0, 0)
         try:
-            return wait_healthy(url, None, timeout_s=10, progress=progress)
+            return wait_healthy(url, None, timeout_s=10)
         except EnvironmentFailure:
-            if process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is not None or elapsed > SERVE_TIMEOUT_S:
                 raise
 
 
