@@ -222,17 +222,27 @@ def answer(
     as_json: JsonOption = False, traceback: TracebackOption = False,
 ) -> None:  # fmt: skip
     """Answer the gold questions: build -> answers.jsonl. Unchanged answers are taken from the store."""
-    from goldgate.workspace import answer_step
+    from goldgate.workspace import answer_step, shared_prefix_share
 
     ws = Workspace(params=params, golden=golden, build=build, store_url=store, system=system)
     with Reporter() as progress:
         answers = answer_step(ws, progress)
     failed = sum(a.answer is None for a in answers)
     reused = sum(a.reused for a in answers)
-    result = {"cases": len(answers), "generated": len(answers) - reused - failed, "reused": reused, "failed": failed}
+    result: dict[str, object] = {
+        "cases": len(answers),
+        "generated": len(answers) - reused - failed,
+        "reused": reused,
+        "failed": failed,
+    }
     made = f"{result['generated']} generated, {reused} reused"
     text = f"answered {len(answers) - failed} of {len(answers)} questions: {made}"
-    _emit(result, text + (f"; {failed} without an answer" if failed else ""), as_json=as_json)
+    text += f"; {failed} without an answer" if failed else ""
+    share = shared_prefix_share(ws)
+    if share is not None:
+        result["shared_prefix_share"] = round(share, 4)
+        text += f"\n{100 * share:.1f} % of the prompts is a prefix common to all"
+    _emit(result, text, as_json=as_json)
 
 
 @app.command()

@@ -301,6 +301,13 @@ def answer_step(ws: Workspace, progress: Reporter, generator: Generator | None =
         return answers
 
 
+def shared_prefix_share(ws: Workspace) -> float | None:
+    """Return the share of the last answered prompts' tokens that is common to all of them; None where not known."""
+    found = read_json(ws.build / "timings.json", "answer")
+    share = found.get("shared_prefix_share") if isinstance(found, dict) else None
+    return float(share) if isinstance(share, int | float) else None
+
+
 def _answer_http(ws: Workspace, system_file: Path, cases: Sequence[GoldCase], progress: Reporter) -> list[CaseAnswer]:
     from goldgate.evals.system import HttpSystem, answer_http
 

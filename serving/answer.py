@@ -40,7 +40,7 @@ from goldgate.serving.abstain import detect_abstention
 from goldgate.serving.cite import cite
 from goldgate.serving.generate import Generation, Generator, Renderer, load_generator
 from goldgate.serving.model import build_model, load_model_spec
-from goldgate.serving.prompt import Prompt, load_prompt, render
+from goldgate.serving.prompt import Prompt, load_prompt, render, shared_prefix_share
 
 Progress = Callable[[str, int, int], None]
 
@@ -346,7 +346,7 @@ def answer_cases(
         done = answerer.finish(item, known.get(item.key))
         parts = {"answer": done} if isinstance(done, Answer) else {"failure": done}
         answers.append(CaseAnswer(case=case.id, key=item.key, reused=item.key in reused, **parts))
-    _write_answers(answers, prepared, out)
+    _write_answers(answers, prepared, out, _prefix_share(answerer, prepared))
     return answers
 
 
@@ -408,7 +408,16 @@ def _read_entry(path: Path, key: str) -> Generation | None:
     return generation if post_process(generation.text) else None
 
 
-def _write_answers(answers: Sequence[CaseAnswer], prepared: Sequence[Prepared], out: Path) -> None:
+def _prefix_share(answerer: Answerer, prepared: Sequence[Prepared]) -> float | None:
+    """Return the share of the prompts' tokens that one computation can serve; None where the engine counts them."""
+    tokenizer = getattr(answerer.generator, "tokenizer", None)
+    rendered = [item.rendered for item in prepared if item.settled is None]
+    return None if tokenizer is None else shared_prefix_share(rendered, tokenizer)
+
+
+def _write_answers(
+    answers: Sequence[CaseAnswer], prepared: Sequence[Prepared], out: Path, prefix_share: float | None
+) -> None:
     lines, timings = [], {}
     for answer, item in zip(answers, prepared, strict=True):
         done = answer.answer
@@ -420,6 +429,7 @@ def _write_answers(answers: Sequence[CaseAnswer], prepared: Sequence[Prepared], 
         timings[answer.case] = {**times, "reused": answer.reused, "passages_dropped": item.dropped}
         lines.append(json.dumps(stable.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n")
     record = {"format_version": FORMAT_VERSION, "reused": sum(a.reused for a in answers), "cases": timings}
+    record["shared_prefix_share"] = prefix_share
     out.parent.mkdir(parents=True, exist_ok=True)
     _replace_file(out, "".join(lines).encode("utf-8", errors="backslashreplace"))
     _replace_file(out.parent / "timings.json", json_bytes(record))
