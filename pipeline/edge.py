@@ -4,6 +4,11 @@ Facts of qdrant-edge-py 0.9.0 that shape this module (each tried out):
 
 * A shard has one open handle, and opening rewrites `edge_config.json`: every process opens its own copy.
 * Building can die with the process (a full disk under a memory map is a SIGBUS): it happens in a child.
+* The engine flushes some four hundred times while it builds a shard of any size, two seconds on a slow disk: a shard of
+  moderate size is built in memory and then copied to the disk, where each file is flushed once.
+* The float32 sum of a BM25 score depends on the order in which a growing segment first saw the terms; in an optimised
+  segment it does not. Every shard is therefore optimised: then one that grew out of an earlier shard ranks bit by bit
+  as one built from scratch.
 * Segment names are random and most files are sparse (hundreds of MB of holes around a few MB of data): the shard is
   derived data outside any identity, it is copied without its holes, and its digests count only data.
 * Calls hold the GIL (a spinning thread got 2 % of its speed during a query), so threads do not speed up queries;
@@ -24,10 +29,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import qdrant_edge as edge
@@ -50,12 +56,19 @@ from goldgate.pipeline.collection import (
 from goldgate.pipeline.errors import EnvironmentFailure
 from goldgate.pipeline.schema import Generation
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever this module stores points differently; a collection of another layout is built again."""
 
 MARKER, SHARD, MANIFEST = "collection.json", "shard", "manifest.json"
+GROWN, SCRATCH = "grown", "scratch"
+"""Names of a shard in its workplace: made out of an earlier one, or of all points."""
 _BLOCK = 1 << 16
 _SCROLL = 1000
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory; folders in it get random names
+_MOST_MEMORY = 512 << 20  # bytes, by the estimate below
+_POINT_BYTES, _SHARD_BYTES = 8192, 32 << 20  # an upper estimate of a point without vector, and of an empty shard
+_PREFIX, _LEFT_S = "goldgate-shard-", 86_400
 
 
 class DamagedCollection(EnvironmentFailure):
@@ -107,30 +120,86 @@ class Bm25:
 # ---------------------------------------------------------------- build
 
 
-def build_shard(generation: Path, out: Path, progress: Progress | None = None) -> None:
+class Difference(NamedTuple):
+    """What makes the collection of one generation out of an earlier one's."""
+
+    base: str
+    """Folder of the earlier collection. Where it turns out to be damaged, the new one is built from scratch."""
+    delete: list[str]
+    """Ids of the points that are gone."""
+    upsert: list[int]
+    """Rows of the new chunks.parquet that are not in the earlier collection, or not as they are now; ascending."""
+
+
+class Job(NamedTuple):
+    """What the child process is to do; it comes as JSON on its standard input."""
+
+    generation: str
+    """Folder of the generation."""
+    place: str
+    """Empty folder that receives the shard, as `grown` or `scratch`."""
+    difference: Difference | None = None
+
+
+def build_shard(
+    generation: Path, out: Path, progress: Progress | None = None, difference: Difference | None = None
+) -> None:
     """Fill the empty folder `out` from a generation's folder, in a child process.
 
-    Raises EnvironmentFailure with the child's last words, and with the usual cause when a signal ended it.
+    With a `difference`, the earlier collection that it names is copied and changed; points and rankings are the same
+    either way. Raises EnvironmentFailure with the child's last words, and with the usual cause when a signal ended it.
     """
+    manifest = Generation.model_validate_json((generation / MANIFEST).read_bytes())
+    place = _workplace(manifest, out)
+    try:
+        code, errors = _run(Job(str(generation.absolute()), str(place), difference), progress)
+        if code != 0:
+            raise _build_failure(code, errors)
+        grown = (place / GROWN).is_dir()
+        base = Path(difference.base).name if difference and grown else ""
+        _copy_out(place / (GROWN if grown else SCRATCH), out, manifest, base)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _run(job: Job, progress: Progress | None) -> tuple[int, str]:
+    """Run the child; returns its exit code and what it wrote to stderr."""
     root = str(Path(goldgate.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-m", "goldgate.pipeline.edge", str(generation.absolute()), str(out.absolute())]
     with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as task,
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child,  # noqa: S603 - own module, no shell
     ):
-        try:
-            for line in child.stdout or ():
-                done, total = map(int, line.split())
-                if progress is not None:
-                    progress("index", done, total)
-        except BaseException:
-            child.kill()
-            raise
-        code = child.wait()
-        if code != 0:
-            errors.seek(0)
-            raise _build_failure(code, errors.read())
+        json.dump(job, task)
+        task.seek(0)
+        command = [sys.executable, "-m", "goldgate.pipeline.edge"]
+        with subprocess.Popen(  # noqa: S603 - own module, no shell
+            command, stdin=task, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as child:
+            try:
+                for line in child.stdout or ():
+                    done, total = map(int, line.split())
+                    if progress is not None:
+                        progress("index", done, total)
+            except BaseException:
+                child.kill()
+                raise
+            code = child.wait()
+        errors.seek(0)
+        return code, errors.read()
+
+
+def _workplace(generation: Generation, out: Path) -> Path:
+    """Make a folder to build in: in memory where the shard takes little of it, else on the disk of `out`."""
+    need = generation.chunks * (_POINT_BYTES + 8 * generation.dimension) + _SHARD_BYTES
+    prefix = f"{_PREFIX}{os.getpid()}-"
+    with contextlib.suppress(OSError):  # no such file system here
+        for left in MEMORY.glob(f"{_PREFIX}*"):  # by a build whose two processes were both killed
+            if time.time() - left.stat().st_mtime > _LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
+        if need <= _MOST_MEMORY and shutil.disk_usage(MEMORY).free > 2 * need:
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=MEMORY))
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
 
 
 def _build_failure(code: int, errors: str) -> EnvironmentFailure:
@@ -146,42 +215,95 @@ def _build_failure(code: int, errors: str) -> EnvironmentFailure:
     return EnvironmentFailure(f"the collection could not be built: {last[0]}", "", "nothing was published; try again")
 
 
-def _build(folder: Path, out: Path) -> None:
-    """Write `out/shard` and the marker. Runs in the child; reports `done total` lines on stdout."""
-    generation = Generation.model_validate_json((folder / MANIFEST).read_bytes())
-    shard = _create(out / SHARD, generation)
+def _main(task: str) -> None:
+    """Do the job in the child; when the parent was killed, nobody else removes the workplace."""
+    generation, place, difference = json.loads(task)
+    parent = os.getppid()
+    try:
+        _build(Job(generation, place, None if difference is None else Difference(*difference)))
+    finally:
+        if os.getppid() != parent:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _build(job: Job) -> None:
+    """Make the shard in the workplace, reporting `done total` lines on stdout."""
+    source, place = Path(job.generation), Path(job.place)
+    generation = Generation.model_validate_json((source / MANIFEST).read_bytes())
+    if job.difference is not None and _grow(place / GROWN, job.difference, source, generation):
+        return
+    shutil.rmtree(place / GROWN, ignore_errors=True)
+    _fill(place / SCRATCH, source, generation)
+    found = _read_back(place / SCRATCH)
+    if found != generation.chunks:
+        raise SystemExit(f"the collection holds {found} points instead of {generation.chunks}")
+
+
+def _fill(folder: Path, source: Path, generation: Generation) -> None:
+    """Make a shard of all points of a generation."""
+    folder.mkdir()
+    shard = edge.EdgeShard.create(str(folder), _config(generation))
+    for field in INDEXED:  # before the points, so that the graph gets links within each tenant
+        index = edge.KeywordIndexParams(is_tenant=field == "tenant")
+        shard.update(edge.UpdateOperation.create_field_index(field, index))
+    _upsert(shard, read_points(source, Bm25()), generation.chunks)
+    _complete(shard)
+
+
+def _grow(folder: Path, difference: Difference, source: Path, generation: Generation) -> bool:
+    """Make a shard out of an earlier one; says whether that worked. It may have been damaged, or be gone by now."""
+    folder.mkdir()
+    try:
+        _verified(Path(difference.base), folder)
+        # A rebuilt segment leaves deleted points behind, so that no text outlives its document. New points make the
+        # engine rebuild the only large segment anyway.
+        config = _config(generation, deleted_threshold=0.2 if difference.upsert else 0.0)
+        shard = edge.EdgeShard.load(str(folder), config)
+        _delete(shard, difference.delete)
+        _upsert(shard, read_points(source, Bm25(), difference.upsert), len(difference.upsert))
+        _complete(shard)
+        return _read_back(folder) == generation.chunks
+    except Exception:  # noqa: BLE001 - whatever is wrong with the earlier shard, this one can be built without it
+        return False
+
+
+def _delete(shard: Any, ids: Sequence[str]) -> None:  # noqa: ANN401 - the engine publishes no types
+    if ids:
+        shard.update(edge.UpdateOperation.delete_points(list(ids)))
+
+
+def _upsert(shard: Any, batches: Iterable[Sequence[Point]], total: int) -> None:  # noqa: ANN401 - no types
     parent, done = os.getppid(), 0
-    for points in read_points(folder, Bm25()):
+    for points in batches:
         shard.update(edge.UpdateOperation.upsert_points([_edge_point(point) for point in points]))
         done += len(points)
-        sys.stdout.write(f"{done} {generation.chunks}\n")
+        sys.stdout.write(f"{done} {total}\n")
         sys.stdout.flush()
         if os.getppid() != parent:  # killed parent: nobody will publish this
             raise SystemExit("the parent process is gone")
+
+
+def _complete(shard: Any) -> None:  # noqa: ANN401 - the engine publishes no types
     shard.optimize()
     shard.flush()
     shard.close()
-    _write_marker(out, generation)
 
 
-def _create(folder: Path, generation: Generation) -> Any:  # noqa: ANN401 - the engine publishes no types
-    folder.mkdir()
+def _config(generation: Generation, deleted_threshold: float = 0.2) -> Any:  # noqa: ANN401 - no types
     hnsw = generation.hnsw_params
-    config = edge.EdgeConfig(
+    return edge.EdgeConfig(
         vectors={DENSE: edge.EdgeVectorParams(size=generation.dimension, distance=edge.Distance.Dot)},
         sparse_vectors={BM25: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)},
         # m = 0 builds no graph: search is exact then.
         hnsw_config=edge.HnswIndexConfig(
             m=hnsw.get("m", 0), ef_construct=hnsw.get("ef_construct", 8), full_scan_threshold=1000
         ),
-        optimizers=edge.EdgeOptimizersConfig(default_segment_number=1),
+        optimizers=edge.EdgeOptimizersConfig(
+            default_segment_number=1, indexing_threshold=1, deleted_threshold=deleted_threshold,
+            vacuum_min_vector_number=0,
+        ),
         wal_enabled=False,
-    )
-    shard = edge.EdgeShard.create(str(folder), config)
-    for field in INDEXED:  # before the points, so that the graph gets links within each tenant
-        index = edge.KeywordIndexParams(is_tenant=field == "tenant")
-        shard.update(edge.UpdateOperation.create_field_index(field, index))
-    return shard
+    )  # fmt: skip
 
 
 def _edge_point(point: Point) -> Any:  # noqa: ANN401 - the engine publishes no types
@@ -189,14 +311,21 @@ def _edge_point(point: Point) -> Any:  # noqa: ANN401 - the engine publishes no 
     return edge.Point(point.id, vectors, point.payload)
 
 
-def _write_marker(out: Path, generation: Generation) -> None:
-    shard = edge.EdgeShard.load(str(out / SHARD))  # reads back what was written
-    found = shard.count(edge.CountRequest(exact=True))
+def _read_back(folder: Path) -> int:
+    """Open what was written and count its points."""
+    shard = edge.EdgeShard.load(str(folder))
+    found = int(shard.count(edge.CountRequest(exact=True)))
     shard.close()
-    if found != generation.chunks:
-        raise SystemExit(f"the collection holds {found} points instead of {generation.chunks}")
-    files = {name: _copy_data(out / SHARD / name, None) for name in _files(out / SHARD)}
-    marker = {"layout": LAYOUT, "engine": _engine(), "points": found, "files": files}
+    return found
+
+
+def _copy_out(folder: Path, out: Path, generation: Generation, base: str) -> None:
+    """Copy a complete shard to `out` and add its marker. `base` names the collection that it grew out of, if any."""
+    files = {}
+    for name in _files(folder):
+        (out / SHARD / name).parent.mkdir(parents=True, exist_ok=True)
+        files[name] = _copy_data(folder / name, out / SHARD / name)
+    marker = {"layout": LAYOUT, "engine": _engine(), "points": generation.chunks, "base": base, "files": files}
     (out / MARKER).write_text(json.dumps(marker, sort_keys=True, indent=1), encoding="utf-8")
 
 
@@ -205,6 +334,15 @@ def _engine() -> str:
 
 
 # ---------------------------------------------------------------- open
+
+
+def can_grow(folder: Path) -> bool:
+    """Whether another shard may be made out of the one in `folder`, as far as its marker tells."""
+    try:
+        _marker(folder)
+    except DamagedCollection:
+        return False
+    return True
 
 
 def check_shard(folder: Path) -> None:
@@ -238,14 +376,7 @@ def open_shard(folder: Path, generation: Generation) -> EdgeEngine:
 
 def _verified(folder: Path, copy: Path | None) -> int:
     """Compare every file with the marker's digest, copying on the way; returns the number of points."""
-    try:
-        marker = json.loads((folder / MARKER).read_bytes())
-        files, points = dict(marker["files"]), int(marker["points"])
-        origin = (marker["layout"], marker["engine"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DamagedCollection(f"the collection {folder} is damaged: no valid {MARKER}") from None
-    if origin != (LAYOUT, _engine()):
-        raise DamagedCollection(f"the collection {folder} was built by another version")
+    files, points = _marker(folder)
     if sorted(files) != _files(folder / SHARD):
         raise DamagedCollection(f"the collection {folder} is damaged: files are missing or were added")
     for name, digest in files.items():
@@ -254,6 +385,19 @@ def _verified(folder: Path, copy: Path | None) -> int:
         if _copy_data(folder / SHARD / name, None if copy is None else copy / name) != digest:
             raise DamagedCollection(f"the collection {folder} is damaged: {name} has other bytes")
     return points
+
+
+def _marker(folder: Path) -> tuple[dict[str, str], int]:
+    """The digests of a shard's files, and the number of its points. Raises DamagedCollection."""
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+        files, points = dict(marker["files"]), int(marker["points"])
+        origin = (marker["layout"], marker["engine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DamagedCollection(f"the collection {folder} is damaged: no valid {MARKER}") from None
+    if origin != (LAYOUT, _engine()):
+        raise DamagedCollection(f"the collection {folder} was built by another version")
+    return files, points
 
 
 def _files(folder: Path) -> list[str]:
@@ -382,4 +526,4 @@ def _sparse(vector: Any) -> Sparse:  # noqa: ANN401 - the engine publishes no ty
 
 
 if __name__ == "__main__":
-    _build(Path(sys.argv[1]), Path(sys.argv[2]))
+    _main(sys.stdin.read())

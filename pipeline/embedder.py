@@ -39,6 +39,12 @@ PACKAGED = {"all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"}
 BFLOAT16_GAIN = 1.25
 """The probe takes bfloat16 only where it is clearly faster: near a tie noise would decide, and float32 is exact."""
 
+ARITHMETIC = 2
+"""Raised whenever this module computes a vector differently, so that no store mixes the two kinds of bits."""
+
+PROBE_TOKENS = 128
+"""Length of the texts that the probe embeds: near a chunk's, since the gain of bfloat16 depends on it."""
+
 _DESCRIPTIONS = ("config.json", "tokenizer.json", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 _HASHING_DIMENSION = 384
 _HASHING_TOKENS = 256
@@ -86,7 +92,7 @@ def resolve_dtype(params: EmbedParams, production: str | None = None) -> Dtype:
         return "float32"
     if production:
         return _as_dtype(production)
-    return _probe(_model_folder(params.model), params.batch_rows, params.bucket_tokens)
+    return _probe(_model_folder(params.model), params.batch_rows)
 
 
 class HashingEmbedder:
@@ -169,6 +175,7 @@ class MiniLMEmbedder:
             "max_tokens": self.max_tokens,
             "pooling": "mean",
             "normalised": True,
+            "arithmetic": ARITHMETIC,
             "query_prefix": self._prefix,
             "engine": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
         }
@@ -352,11 +359,19 @@ def _load_encoder(folder: Path, dtype: Dtype) -> Callable[[np.ndarray, np.ndarra
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _load_model(folder, getattr(torch, dtype)).to(device)
+    if device == "cpu":
+        _multiply_with_onednn(model)
     all_threads = torch.get_num_threads()
 
     def encode(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         # A single row is too small to share out: beside a busy engine its threads would mostly wait for each other.
         torch.set_num_threads(1 if len(tokens) == 1 else all_threads)
+        try:
+            return _encode(tokens, mask)
+        finally:
+            torch.set_num_threads(all_threads)  # an engine that starts in this process later takes what it finds
+
+    def _encode(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             seen = torch.from_numpy(mask).to(device)
             hidden = model(input_ids=torch.from_numpy(tokens).to(device), attention_mask=seen).last_hidden_state
@@ -392,18 +407,50 @@ def _load_model(folder: Path, dtype: object) -> Any:  # noqa: ANN401 - transform
     return model.eval()
 
 
+def _multiply_with_onednn(model: Any) -> None:  # noqa: ANN401 - torch publishes no types for these
+    """Let oneDNN compute the linear layers with the bias inside the product.
+
+    torch would fill each result with the bias first and, for float32, multiply by another library: on a processor with
+    AVX-512 oneDNN took 7 % less time for bfloat16 and 15 % less for float32 over the whole model.
+    """
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return
+    if model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    product = torch.ops.mkldnn._linear_pointwise  # not public, hence the pinned torch; the tests compare with another
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.forward = functools.partial(_linear, product, layer.weight, layer.bias)
+
+
+def _linear(product: Callable[..., Any], weight: Any, bias: Any, inputs: Any) -> Any:  # noqa: ANN401 - as above
+    return product(inputs, weight, bias, "none", [], "")
+
+
 @functools.cache
-def _probe(folder: Path, rows: int, bucket: int) -> Dtype:
-    """The dtype in which this machine embeds faster, measured once per process in alternation."""
-    tokens = np.full((rows, bucket), 1000, dtype=np.int64)
+def _probe(folder: Path, rows: int) -> Dtype:
+    """The dtype in which this machine embeds faster, measured once per process in alternation.
+
+    In processor time of one thread, so that it does not matter what else the machine is busy with.
+    """
+    import torch
+
+    tokens = np.full((rows, min(PROBE_TOKENS, _longest(folder))), 1000, dtype=np.int64)
     mask = np.ones_like(tokens)
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-    encoders = {dtype: _load_encoder(folder, dtype) for dtype in dtypes}
-    best = dict.fromkeys(encoders, float("inf"))
-    for turn in range(3):
-        for dtype, encode in encoders.items():
-            begin = time.perf_counter()
-            encode(tokens, mask)
-            if turn:  # the first call also allocates
-                best[dtype] = min(best[dtype], time.perf_counter() - begin)
+    before = torch.get_num_threads()
+    use_threads(1)
+    try:
+        encoders = {dtype: _load_encoder(folder, dtype) for dtype in dtypes}
+        best = dict.fromkeys(encoders, float("inf"))
+        for turn in range(4):
+            for dtype, encode in encoders.items():
+                begin = time.process_time()
+                encode(tokens, mask)
+                if turn:  # the first call also allocates
+                    best[dtype] = min(best[dtype], time.process_time() - begin)
+    finally:
+        use_threads(before)
     return "bfloat16" if best["float32"] > BFLOAT16_GAIN * best["bfloat16"] else "float32"

@@ -16,6 +16,7 @@ MARKED_SUPPORT = 0.3
 """The same where the answer itself names the passage, as in [2]."""
 
 _MARK = re.compile(r"\[(\d{1,3}(?:\s*,\s*\d{1,3})*)\]")
+_LEADING_MARKS = re.compile(rf"(?:\s*{_MARK.pattern})+")
 _WORD = re.compile(r"\d+(?:[.,:/-]\d+)*|\w+(?:['’]\w+)?")
 _STOP_TEXT = """
 a an and are as at be been but by did do does for from had has have he her his i if in into is it its of on or she so
@@ -45,7 +46,7 @@ def cite(text: str, passages: Sequence[Passage]) -> tuple[Citation, ...]:
     """
     candidates = list(_candidates(passages))
     found: dict[tuple[str, int, int], Citation] = {}
-    for start, end in sentence_spans(text):
+    for start, end in _marked_sentences(text):
         for best in _support(text[start:end], candidates, len(passages)):
             key = (best.document, best.start, best.end)
             found.setdefault(
@@ -55,6 +56,19 @@ def cite(text: str, passages: Sequence[Passage]) -> tuple[Citation, ...]:
                 ),
             )
     return tuple(found.values())
+
+
+def _marked_sentences(text: str) -> list[tuple[int, int]]:
+    """Sentences, each with the marks behind its full stop: `It is 3. [2] It is 4. [1]` is two."""
+    spans: list[tuple[int, int]] = []
+    for start, end in sentence_spans(text):
+        marks = _LEADING_MARKS.match(text, start, end) if spans else None
+        if marks:
+            spans[-1] = (spans[-1][0], marks.end())
+            start = marks.end()  # noqa: PLW2901 - what is left of the sentence
+        if text[start:end].strip():
+            spans.append((start, end))
+    return spans
 
 
 def body_of(passage: Passage) -> tuple[str, int]:

@@ -191,7 +191,10 @@ class VllmGenerator(VllmRenderer):
     def _sampling(self) -> object:
         from vllm import SamplingParams
 
-        return SamplingParams(**sampling_arguments(self.spec))
+        arguments = sampling_arguments(self.spec)
+        if "logit_bias" in arguments:  # the endpoint takes the ids as text, as JSON must have them
+            arguments["logit_bias"] = {int(token): bias for token, bias in arguments["logit_bias"].items()}
+        return SamplingParams(**arguments)
 
 
 class _Progress:

@@ -1,8 +1,11 @@
 """model file -> Model: weights in the store under their content address, converted once.
 
 A model is a TOML file in serving/models/. The folder `models/<weights>` of the store is named by what goes into the
-conversion (source files and converter versions), so that it is known before anything is converted; `files.json` in it
-holds the SHA-256 and size of every file that came out, and every load compares them.
+conversion (source files, adapter and converter versions), so that it is known before anything is converted;
+`files.json` in it holds the SHA-256 and size of every file that came out, and every load compares them.
+
+An adapter is merged into the weights: the engine serves one plain model. The model file pins the adapter's content, so
+that the file alone says what is served, and a release that holds the file needs no copy of the adapter.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from goldgate.pipeline.errors import EnvironmentFailure, UsageError
 from goldgate.pipeline.params import load_toml
@@ -35,6 +38,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 """Environment in which the libraries of model files call nobody."""
 
 FILES = "files.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TAKEN = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # what a ready folder is made of
 _ENVIRONMENT_NAME = re.compile(r"^[A-Z][A-Z0-9_]*$")
 
@@ -72,7 +76,18 @@ class Sampling(Record):
     max_tokens: int = Field(96, ge=1, description="Longest answer, in tokens.")
     stop: tuple[str, ...] = Field((), description="Strings that end the answer.")
     repetition_penalty: float = Field(1.0, gt=0, le=2)
+    logit_bias: dict[str, float] = Field(
+        {}, description="Token id -> what is added to its logit at every step, as in the OpenAI protocol."
+    )
     seed: int = 0
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _known_range(cls, found: dict[str, float]) -> dict[str, float]:
+        for token, bias in found.items():
+            if not (token.isascii() and token.isdigit() and -100 <= bias <= 100):
+                raise ValueError(f"{token} = {bias} is not a token id with a bias of -100 to 100")
+        return found
 
 
 class ModelSpec(Record):
@@ -86,7 +101,8 @@ class ModelSpec(Record):
     source: str = Field(
         "", description="vllm: a package with one GGUF file, or a folder (safetensors or one GGUF file)."
     )
-    adapter: str = Field("", description="Reserved for an adapter merged into the weights.")
+    adapter: str = Field("", description="vllm: a LoRA adapter in PEFT's format, a folder beside this file.")
+    adapter_digest: str = Field("", description="The adapter's content; a wrong one is refused with the right one.")
     engine: Engine = Engine()
     sampling: Sampling = Sampling()
     url_env: str = Field("", description="openai: the environment variable that holds the base URL.")
@@ -94,12 +110,17 @@ class ModelSpec(Record):
     model: str = Field("", description="openai: the model's name at the endpoint.")
     retries: int = Field(2, ge=0, le=5, description="openai: tries after the first on 429, 5xx, time-out and refusal.")
 
+    _folder: Path = PrivateAttr(Path())
+    """Where the file lies: an adapter lies beside it. Set on loading, no part of the identity."""
+
     @model_validator(mode="after")
     def _complete(self) -> ModelSpec:
         if self.format_version > FORMAT_VERSION:
             raise ValueError(f"format_version {self.format_version} is newer than this goldgate ({FORMAT_VERSION})")
-        if self.adapter:
-            raise ValueError("adapter: adapters are not supported yet, leave it empty")
+        if self.adapter and self.kind != "vllm":
+            raise ValueError("adapter is merged into weights, so it is for kind vllm only")
+        if bool(self.adapter) != bool(self.adapter_digest):
+            raise ValueError("adapter and adapter_digest belong together")
         if (self.kind == "vllm") != bool(self.source):
             raise ValueError("source is needed for kind vllm, and for that kind only")
         if self.kind == "openai":
@@ -132,7 +153,9 @@ class Model(Record):
 
 def load_model_spec(path: Path) -> ModelSpec:
     """Read a model file. Raises UsageError naming the file and the field."""
-    return load_toml(path, ModelSpec)
+    spec = load_toml(path, ModelSpec)
+    spec._folder = path.parent
+    return spec
 
 
 def build_model(spec: ModelSpec, store: Store, progress: Progress | None = None) -> Model:
@@ -144,11 +167,12 @@ def build_model(spec: ModelSpec, store: Store, progress: Progress | None = None)
     if spec.kind != "vllm":
         return Model(digest=digest_json({"spec": spec.model_dump(mode="json")}), spec=spec)
     source = _find_source(spec.source)
-    weights = _weights_digest(source)
+    weights = _weights_digest(source, spec.adapter_digest)
     if not store.has("models", weights):
         with store.lock("model", wait_s=600):
             _report(progress, f"convert {spec.name}", 0, 1)
-            store.publish("models", weights, lambda folder: _fill(source, folder))
+            adapter = _find_adapter(spec) if spec.adapter else None
+            store.publish("models", weights, lambda folder: _fill(source, adapter, folder))
             _report(progress, f"convert {spec.name}", 1, 1)
     path = store.path("models", weights)
     files = verify_files(path)
@@ -226,23 +250,49 @@ def _taken(folder: Path) -> list[Path]:
     )
 
 
-def _weights_digest(source: _Source) -> str:
+def _weights_digest(source: _Source, adapter: str) -> str:
     """Content address of the conversion: known before it runs."""
+    merged = {"adapter": adapter} if adapter else {}
     try:
+        if source.gguf is not None or adapter:
+            merged |= {"dtype": "bfloat16", **{name: importlib.metadata.version(name) for name in CONVERTERS}}
         if source.gguf is not None:
-            versions = {name: importlib.metadata.version(name) for name in CONVERTERS}
-            return digest_json({"gguf": digest_file(source.gguf), "converters": versions, "dtype": "bfloat16"})
-        return digest_json({"folder": {path.name: digest_file(path) for path in _taken(source.folder)}})
+            return digest_json({"gguf": digest_file(source.gguf), **merged})
+        return digest_json({"folder": {path.name: digest_file(path) for path in _taken(source.folder)}, **merged})
     except OSError as error:
         raise UsageError(f"model source {error.filename} cannot be read: {error.strerror}") from None
     except importlib.metadata.PackageNotFoundError as error:
         raise EnvironmentFailure(f"the package {error.name} is not installed", "", "install goldgate[cpu]") from None
 
 
-def _fill(source: _Source, folder: Path) -> None:
+def adapter_digest(folder: Path) -> str:
+    """Return the content address of an adapter folder. Raises UsageError naming the file that cannot be read."""
     try:
-        if source.gguf is not None:
-            _convert_gguf(source.gguf, folder)
+        return digest_json({name: digest_file(folder / name) for name in ADAPTER_FILES})
+    except OSError as error:
+        raise UsageError(
+            f"adapter file {error.filename} cannot be read: {error.strerror}",
+            " and ".join(ADAPTER_FILES),
+            "restore the folder beside the model file",
+        ) from None
+
+
+def _find_adapter(spec: ModelSpec) -> Path:
+    folder = spec._folder / spec.adapter
+    found = adapter_digest(folder)
+    if found != spec.adapter_digest:
+        raise UsageError(
+            f"adapter {folder} is not the one that the model file {spec.name} names ({spec.adapter_digest[:12]})",
+            "unchanged files",
+            f'restore them, or write adapter_digest = "{found}" after a review',
+        )
+    return folder
+
+
+def _fill(source: _Source, adapter: Path | None, folder: Path) -> None:
+    try:
+        if source.gguf is not None or adapter is not None:
+            _convert(source, adapter, folder)
         else:
             for path in _taken(source.folder):
                 shutil.copyfile(path, folder / path.name)
@@ -269,18 +319,24 @@ def _damaged(source: _Source, error: Exception) -> UsageError | EnvironmentFailu
     return UsageError(what, "a complete model", "copy it again, nothing was stored")
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantise to bfloat16 safetensors with tokenizer (chat template included) and generation config."""
+def _convert(source: _Source, adapter: Path | None, folder: Path) -> None:
+    """Write bfloat16 safetensors, dequantised and with the adapter merged in, tokenizer (chat template included) and
+    generation config."""
     with environment({**OFFLINE, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}):
         import torch
         import transformers
 
-        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
+        where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.folder), "local_files_only": True}
+        options: dict[str, Any] = {"dtype": torch.float32}
+        if source.gguf is not None:
+            where["gguf_file"] = source.gguf.name
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        quantization = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=quantization
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(**where, **options)
+        if adapter is not None:
+            from goldgate.serving.training.lora import merge_adapter
+
+            merge_adapter(model, adapter)
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

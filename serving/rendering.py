@@ -192,6 +192,8 @@ def sampling_arguments(spec: ModelSpec) -> dict[str, Any]:
         arguments["stop"] = list(sampling.stop)
     if sampling.repetition_penalty != 1.0:
         arguments["repetition_penalty"] = sampling.repetition_penalty
+    if sampling.logit_bias:
+        arguments["logit_bias"] = dict(sampling.logit_bias)
     if sampling.temperature > 0:
         arguments["seed"] = sampling.seed
     return arguments

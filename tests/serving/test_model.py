@@ -21,7 +21,13 @@ def folder_spec(folder: Path, **changes: object) -> ModelSpec:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("smollm2-135m", "vllm"), ("extractive", "extractive"), ("openai-compatible", "openai")]
+    ("name", "kind"),
+    [
+        ("smollm2-135m", "vllm"),
+        ("smollm2-135m-grounded", "vllm"),
+        ("extractive", "extractive"),
+        ("openai-compatible", "openai"),
+    ],
 )
 def test_shipped_model_files_are_valid_and_greedy(name: str, kind: str) -> None:
     spec = load_model_spec(SHIPPED / f"{name}.toml")
@@ -37,10 +43,12 @@ def test_shipped_model_files_are_valid_and_greedy(name: str, kind: str) -> None:
         ('name = "a"\nkind = "extractive"\nsource = "x"', "source is needed for kind vllm, and for that kind only"),
         ('name = "a"\nkind = "openai"\nmodel = "m"\nurl_env = "http://x/v1"', "name of an environment variable"),
         ('name = "a"\nkind = "openai"\nurl_env = "X_URL"', "model is needed"),
-        ('name = "a"\nkind = "extractive"\nadapter = "x"', "adapters are not supported yet"),
+        ('name = "a"\nkind = "extractive"\nadapter = "x"\nadapter_digest = "y"', "for kind vllm only"),
         ('name = "a"\nkind = "extractive"\nformat_version = 2', "format_version 2 is newer"),
         ('name = "a"\nkind = "extractive"\n[engine]\nmax_model_len = 96', "max_tokens must be smaller"),
         ('name = "a"\nkind = "extractive"\n[sampling]\ntemperature = nan', "sampling.temperature"),
+        ('name = "a"\nkind = "extractive"\n[sampling]\nlogit_bias = { "I" = -1 }', "is not a token id"),
+        ('name = "a"\nkind = "extractive"\n[sampling]\nlogit_bias = { "57" = nan }', "is not a token id"),
         ('name = "a"\nkind = "extractive"\n[engine]\nblock_sise = 16', "did you mean block_size?"),
         ("name = ", "valid TOML"),
     ],
