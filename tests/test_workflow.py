@@ -195,7 +195,9 @@ def _loosen(project: Path) -> None:
 
 def _reword(project: Path) -> None:
     path = project / "serving" / "prompts" / "grounded.toml"
-    path.write_text(path.read_text(encoding="utf-8").replace("helpful", "hopeful"), encoding="utf-8")
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("numbered passages", "passages with numbers"), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") != before
 
 
 def _other_gold(project: Path) -> None:
