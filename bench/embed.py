@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     _embed(ours, texts[:WARM_TEXTS])
     usual.encode(texts[:WARM_TEXTS], batch_size=USUAL_ROWS, show_progress_bar=False)
-    our_s, usual_s = alternate(chosen.rounds, embed_ours, embed_usual)
+    our_s, usual_s = alternate(chosen.rounds, embed_ours, embed_usual, ("ours", "sentence-transformers"))
     cosines = _cosines(vectors["ours"], vectors["usual"])
     show(f"sentence-transformers: {len(texts) / usual_s:.1f} texts/s, {tokens.sum() / usual_s:.0f} tokens/s")
     show(f"ours:                  {len(texts) / our_s:.1f} texts/s, {tokens.sum() / our_s:.0f} tokens/s")

@@ -30,7 +30,7 @@ if not __package__:  # run by its path
 import numpy as np
 import qdrant_edge as edge
 
-from bench.measure import alternate, chunks, finish, machine, parser, positive, say, show, spread, write_build
+from bench.measure import alternate, chunks, finish, machine, parser, positive, repeated, say, show, spread, write_build
 from goldgate.pipeline.collection import BM25, DENSE, INDEXED, Point, read_points
 from goldgate.pipeline.edge import Bm25, build_shard
 from goldgate.pipeline.embedder import load_embedder
@@ -66,7 +66,7 @@ def _generation(data: Path, count: int, folder: Path) -> tuple[Generation, Path]
     """A generation of real texts, repeated where there are too few, with vectors drawn at random: no search happens."""
     embedder = load_embedder(EmbedParams(model="hashing"))
     name, found = chunks(data, embedder, count)
-    texts = [found[number % len(found)].text for number in range(count)]
+    texts = repeated([chunk.text for chunk in found], count)
     base = np.random.default_rng(0).standard_normal((count, embedder.dimension), dtype=np.float32)
     (folder / "build").mkdir()
     write_build(folder / "build", texts, spread(base, count, 0.0), embedder)
@@ -91,9 +91,12 @@ def _edge(source: Path, points: Sequence[Point], single: int, rounds: int, folde
     def one_by_one() -> None:
         _upsert_each(folder, first, flush=True)
 
-    bulk_s, single_s = alternate(rounds, bulk, one_by_one)
+    bulk_s, single_s = alternate(rounds, bulk, one_by_one, ("in bulk", "one by one"))
     quick_s, batch_s = alternate(
-        rounds, lambda: _upsert_each(folder, ready, flush=False), lambda: _upsert_batches(folder, ready)
+        rounds,
+        lambda: _upsert_each(folder, ready, flush=False),
+        lambda: _upsert_batches(folder, ready),
+        ("one by one, not flushed", "in batches, not flushed"),
     )
     bulk_rate, single_rate = len(points) / bulk_s, len(first) / single_s
     show(f"Edge, in bulk, all of `goldgate index`:      {bulk_rate:8.0f} points/s ({bulk_s:.2f} s)")
@@ -174,7 +177,7 @@ def _server(url: str, generation: Generation, points: Sequence[Point], single: i
 
     say(f"the same through qdrant-client at {url}")
     try:
-        bulk_s, single_s = alternate(rounds, bulk, one_by_one)
+        bulk_s, single_s = alternate(rounds, bulk, one_by_one, ("in bulk", "one by one"))
     finally:
         client.delete_collection(name)
         client.delete_collection(collection_name(generation))

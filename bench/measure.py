@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -130,9 +131,9 @@ def _cpu_line(name: str) -> str:
 # ---------------------------------------------------------------- texts
 
 
-def documents(data: Path, seed: int = 0) -> tuple[str, list[Document]]:
+def documents(data: Path, seed: int = 0, date: str = "2023-08-16") -> tuple[str, list[Document]]:
     """(what they are, documents in a fixed mixed order): Ray's documentation, or the handbook where it is absent."""
-    folder = data / "ray_docs" / "2023-08-16" / "docs"
+    folder = data / "ray_docs" / date / "docs"
     name = "Ray's documentation" if folder.is_dir() else "the handbook"
     found, _ = read_documents(str(folder if folder.is_dir() else ROOT / "knowledge"), ReadParams(skip_unreadable=True))
     random.Random(seed).shuffle(found)
@@ -160,11 +161,14 @@ def paragraphs(data: Path) -> list[Document]:
 
 
 def chunks(data: Path, embedder: Embedder, count: int, seed: int = 0) -> tuple[str, list[Chunk]]:
-    """(what they are, at most `count` chunks with distinct texts): XQuAD and Ray's documentation, mixed by `seed`."""
+    """(what they are, at most `count` chunks with distinct texts): XQuAD and Ray's documentation, mixed by `seed`.
+
+    Where August's documentation is not enough, October's adds what is new in it.
+    """
     name, docs = documents(data, seed)
     extra = paragraphs(data)
     found: dict[str, Chunk] = {}
-    for document in _mixed(extra, docs):
+    for document in itertools.chain(_mixed(extra, docs), _later(data, seed)):
         if len(found) >= count:
             break
         for chunk in chunk_document(document, embedder.tokenizer, ChunkParams(), embedder.max_tokens):
@@ -172,6 +176,20 @@ def chunks(data: Path, embedder: Embedder, count: int, seed: int = 0) -> tuple[s
     picked = list(found.values())[:count]
     random.Random(seed).shuffle(picked)
     return (f"XQuAD and {name}" if extra else name), picked
+
+
+def _later(data: Path, seed: int) -> Iterator[Document]:
+    yield from documents(data, seed, "2023-10-25")[1]
+
+
+def repeated(texts: Sequence[str], count: int) -> list[str]:
+    """`count` texts: all of them, then again without the first word, the first two, ..., so that no two are equal."""
+    made = []
+    for number in range(count):
+        turn, place = divmod(number, len(texts))
+        words = texts[place].split(" ")
+        made.append(" ".join(words[min(turn, len(words) - 1) :]))
+    return made
 
 
 def _mixed(few: Sequence[Document], many: Sequence[Document]) -> Iterator[Document]:
@@ -212,16 +230,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def alternate(rounds: int, ours: Callable[[], object], other: Callable[[], object], unit: str = "s") -> list[float]:
-    """[median seconds of `ours`, of `other`]: each is called once a round, taking turns in going first."""
-    spent: dict[str, list[float]] = {"ours": [], "other": []}
+def alternate(
+    rounds: int, first: Callable[[], object], second: Callable[[], object], names: tuple[str, str] = ("ours", "other")
+) -> list[float]:
+    """[median seconds of `first`, of `second`]: each is called once a round, taking turns in who goes ahead."""
+    spent: list[list[float]] = [[], []]
     for number in range(rounds):
-        order = ("ours", "other") if number % 2 == 0 else ("other", "ours")
-        for name in order:
-            spent[name].append(seconds(ours if name == "ours" else other))
-        took = ", ".join(f"{name} {spent[name][-1]:.3f} {unit}" for name in spent)
+        for which in (0, 1) if number % 2 == 0 else (1, 0):
+            spent[which].append(seconds((first, second)[which]))
+        took = ", ".join(f"{name} {times[-1]:.3f} s" for name, times in zip(names, spent, strict=True))
         say(f"round {number + 1} of {rounds}: {took}")
-    return [statistics.median(spent["ours"]), statistics.median(spent["other"])]
+    return [statistics.median(times) for times in spent]
 
 
 # ---------------------------------------------------------------- a collection to load or to query

@@ -10,13 +10,15 @@ times the raw call's time, and the same passages (the engine orders ties as they
 
 Then a collection above `index.exact_below`: recall of the ten nearest by HNSW against exact search of the same
 points, for principals who see more or less of them, and latency of whole queries. Target: recall at least 0.99 for
-each. Its points are real texts with their vectors, repeated with noise.
+each.
+
+The texts are real. The first `--texts` of them are embedded and have their own vectors; every other point has one of
+these vectors with noise added. Texts that are used again lose a word each time, so that no two are equal.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import tempfile
 import time
@@ -30,8 +32,21 @@ if not __package__:  # run by its path
 import numpy as np
 import qdrant_edge as edge
 
-from bench.measure import ROOT, chunks, finish, machine, parser, positive, questions, say, seconds, show, spread
-from bench.measure import write_build as write
+from bench.measure import (
+    ROOT,
+    chunks,
+    finish,
+    machine,
+    parser,
+    positive,
+    questions,
+    repeated,
+    say,
+    seconds,
+    show,
+    spread,
+    write_build,
+)
 from goldgate.pipeline.collection import BM25, DENSE, Collection, RankedCollection, visible_to
 from goldgate.pipeline.edge import Bm25, open_shard
 from goldgate.pipeline.embedder import Embedder, load_embedder
@@ -92,8 +107,7 @@ class Setting:
     def build(self, folder: Path, count: int, params: IndexParams) -> tuple[Generation, Store]:
         """A generation of `count` points, loaded into Qdrant Edge."""
         (folder / "build").mkdir(parents=True)
-        repeated = list(itertools.islice(itertools.cycle(self.texts[: len(self.base)]), count))
-        write(folder / "build", repeated, spread(self.base, count, NOISE), self.embedder)
+        write_build(folder / "build", repeated(self.texts, count), spread(self.base, count, NOISE), self.embedder)
         store = Store.open(folder / "store")
         took = seconds(lambda: index(folder / "build", params, store))
         say(f"{count} points indexed in {took:.1f} s")

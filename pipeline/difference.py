@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from goldgate.pipeline.collection import CHUNKS, EMBEDDINGS, Vectors, read_vectors
+from goldgate.pipeline.collection import CHUNKS, EMBEDDINGS, read_vectors
 from goldgate.pipeline.edge import Difference
 from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.parquet import read_table
@@ -30,54 +30,43 @@ def find_difference(generation: Generation, earlier: Sequence[Generation], store
     """
     if generation.hnsw or 4 * generation.dimension <= _SMALLEST_VECTOR:
         return None
-    mine = _Points.read(store.path("generations", generation.digest))
-    shares = {
-        other.digest: len(mine.rows.keys() & _ids(store.path("generations", other.digest)))
-        for other in earlier
-        if all(getattr(other, name) == getattr(generation, name) for name in _ALIKE) and _is_whole(other, store)
-    }
-    if not shares:
+    alike = [one for one in earlier if all(getattr(one, name) == getattr(generation, name) for name in _ALIKE)]
+    ids = _ids(store.path("generations", generation.digest))
+    shares = {one.digest: (len(ids & _ids(store.path("generations", one.digest))), one.digest) for one in alike}
+    nearest = max(alike, key=lambda one: shares[one.digest], default=None)
+    if nearest is None or not _is_whole(nearest, store):
         return None
-    nearest = max(shares, key=lambda digest: (shares[digest], digest))
-    theirs = _Points.read(store.path("generations", nearest))
+    mine, theirs = (_Points(store.path("generations", one.digest)) for one in (generation, nearest))
     delete = [chunk for chunk in theirs.rows if chunk not in mine.rows]
     upsert = mine.differing(theirs)
     if len(delete) + len(upsert) > _MOST_CHANGED * generation.chunks:
         return None
-    return Difference(str(store.path("collections", nearest)), delete, upsert)
+    return Difference(str(store.path("collections", nearest.digest)), delete, upsert)
 
 
 class _Points:
     """What is stored of each chunk of a generation."""
 
-    def __init__(self, rows: dict[str, int], values: list[tuple[object, ...]], vectors: Vectors) -> None:
-        self.rows = rows  # chunk id -> row
-        self._values = values
-        self._vectors = vectors
-
-    @classmethod
-    def read(cls, folder: Path) -> _Points:
+    def __init__(self, folder: Path) -> None:
+        """Read the generation in `folder`."""
         table = read_table(folder / CHUNKS)
-        columns = [column.to_pylist() for column in table.columns]
-        ids = table.column("id").to_pylist()
-        values = [tuple(map(_comparable, row)) for row in zip(*columns, strict=True)]
-        return cls({chunk: row for row, chunk in enumerate(ids)}, values, read_vectors(folder / EMBEDDINGS))
+        self._columns = [column.to_pylist() for column in table.columns]
+        self._vectors = read_vectors(folder / EMBEDDINGS)
+        self.rows = {chunk: row for row, chunk in enumerate(table.column("id").to_pylist())}
 
     def differing(self, other: _Points) -> list[int]:
         """Return the rows whose chunk is not in `other`, or there with another vector or any other value."""
-        shared = [(row, other.rows[chunk]) for chunk, row in self.rows.items() if chunk in other.rows]
-        pairs = np.array(shared, dtype=np.int64).reshape(-1, 2)
+        pairs = [(row, other.rows[chunk]) for chunk, row in self.rows.items() if chunk in other.rows]
+        mine, theirs = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         # As bits: 0.0 and -0.0 are equal, and not the same export.
-        mine, theirs = (one.view(np.uint32) for one in (self._vectors[pairs[:, 0]], other._vectors[pairs[:, 1]]))
-        moved = {
-            row for row, differs in zip(pairs[:, 0].tolist(), (mine != theirs).any(axis=1), strict=True) if differs
+        equal = (self._vectors[mine].view(np.uint32) == other._vectors[theirs].view(np.uint32)).all(axis=1).tolist()
+        columns = list(zip(self._columns, other._columns, strict=True))
+        same = {
+            row
+            for (row, their), is_equal in zip(pairs, equal, strict=True)
+            if is_equal and all(one[row] == two[their] for one, two in columns)
         }
-        same = {row for row, their in shared if self._values[row] == other._values[their] and row not in moved}
         return sorted(set(self.rows.values()) - same)
-
-
-def _comparable(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _ids(folder: Path) -> set[str]:

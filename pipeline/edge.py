@@ -1,14 +1,12 @@
-"""generation -> Qdrant Edge shard: built once in a process of its own, opened as a private copy.
+"""generation -> Qdrant Edge shard: built once in a process of its own (`shard.py`), opened as a private copy.
 
 Facts of qdrant-edge-py 0.9.0 that shape this module (each tried out):
 
 * A shard has one open handle, and opening rewrites `edge_config.json`: every process opens its own copy.
-* Building can die with the process (a full disk under a memory map is a SIGBUS): it happens in a child.
 * The engine flushes some four hundred times while it builds a shard of any size, two seconds on a slow disk: a shard of
   moderate size is built in memory and then copied to the disk, where each file is flushed once.
-* The float32 sum of a BM25 score depends on the order in which a growing segment first saw the terms; in an optimised
-  segment it does not. Every shard is therefore optimised: then one that grew out of an earlier shard ranks bit by bit
-  as one built from scratch.
+* In an optimised segment the score of a point does not depend on the points before it. Every shard is optimised, and so
+  one that grew out of an earlier shard ranks bit by bit as one built from scratch.
 * Segment names are random and most files are sparse (hundreds of MB of holes around a few MB of data): the shard is
   derived data outside any identity, it is copied without its holes, and its digests count only data.
 * Calls hold the GIL (a spinning thread got 2 % of its speed during a query), so threads do not speed up queries;
@@ -19,7 +17,9 @@ Facts of qdrant-edge-py 0.9.0 that shape this module (each tried out):
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -33,7 +33,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import qdrant_edge as edge
@@ -55,13 +55,12 @@ from goldgate.pipeline.collection import (
 )
 from goldgate.pipeline.errors import EnvironmentFailure
 from goldgate.pipeline.schema import Generation
+from goldgate.pipeline.shard import Job, PlainPoint
 
 LAYOUT = 2
 """Raised whenever this module stores points differently; a collection of another layout is built again."""
 
 MARKER, SHARD, MANIFEST = "collection.json", "shard", "manifest.json"
-GROWN, SCRATCH = "grown", "scratch"
-"""Names of a shard in its workplace: made out of an earlier one, or of all points."""
 _BLOCK = 1 << 16
 _SCROLL = 1000
 
@@ -131,20 +130,10 @@ class Difference(NamedTuple):
     """Rows of the new chunks.parquet that are not in the earlier collection, or not as they are now; ascending."""
 
 
-class Job(NamedTuple):
-    """What the child process is to do; it comes as JSON on its standard input."""
-
-    generation: str
-    """Folder of the generation."""
-    place: str
-    """Empty folder that receives the shard, as `grown` or `scratch`."""
-    difference: Difference | None = None
-
-
 def build_shard(
     generation: Path, out: Path, progress: Progress | None = None, difference: Difference | None = None
 ) -> None:
-    """Fill the empty folder `out` from a generation's folder, in a child process.
+    """Fill the empty folder `out` from a generation's folder, in a child process (`shard.py`).
 
     With a `difference`, the earlier collection that it names is copied and changed; points and rankings are the same
     either way. Raises EnvironmentFailure with the child's last words, and with the usual cause when a signal ended it.
@@ -152,41 +141,92 @@ def build_shard(
     manifest = Generation.model_validate_json((generation / MANIFEST).read_bytes())
     place = _workplace(manifest, out)
     try:
-        code, errors = _run(Job(str(generation.absolute()), str(place), difference), progress)
-        if code != 0:
-            raise _build_failure(code, errors)
-        grown = (place / GROWN).is_dir()
-        base = Path(difference.base).name if difference and grown else ""
-        _copy_out(place / (GROWN if grown else SCRATCH), out, manifest, base)
+        if difference is not None and _grow(place / "grown", manifest, generation, difference, progress):
+            _copy_out(place / "grown", out, manifest, Path(difference.base).name)
+        else:
+            _fill(place / "scratch", manifest, generation, progress)
+            _copy_out(place / "scratch", out, manifest, "")
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _run(job: Job, progress: Progress | None) -> tuple[int, str]:
-    """Run the child; returns its exit code and what it wrote to stderr."""
+def _fill(folder: Path, manifest: Generation, generation: Path, progress: Progress | None) -> None:
+    """Make a shard of all points of a generation."""
+    folder.mkdir()
+    job = _job(folder, manifest, None)
+    found = _run(job, read_points(generation, Bm25()), manifest.chunks, progress)
+    if found != manifest.chunks:
+        raise EnvironmentFailure(f"the new collection holds {found} points", f"{manifest.chunks}", "try again")
+
+
+def _grow(
+    folder: Path, manifest: Generation, generation: Path, difference: Difference, progress: Progress | None
+) -> bool:
+    """Make a shard out of an earlier one; says whether that worked. It may have been damaged, or be gone by now."""
+    try:
+        folder.mkdir()
+        _verified(Path(difference.base), folder)
+        points = read_points(generation, Bm25(), difference.upsert)
+        found = _run(_job(folder, manifest, difference), points, len(difference.upsert), progress)
+    except (EnvironmentFailure, OSError):  # without it everything is loaded, and what is wrong otherwise comes up again
+        return False
+    return found == manifest.chunks
+
+
+def _job(folder: Path, manifest: Generation, difference: Difference | None) -> Job:
+    return Job(
+        folder=str(folder.absolute()),
+        grown=difference is not None,
+        dense=DENSE,
+        sparse=BM25,
+        dimension=manifest.dimension,
+        hnsw=manifest.hnsw_params,
+        indexed=list(INDEXED),
+        delete=[] if difference is None else difference.delete,
+        vacuum=difference is not None and not difference.upsert,
+    )
+
+
+def _run(job: Job, batches: Iterable[Sequence[Point]], total: int, progress: Progress | None) -> int:
+    """Feed the child; returns how many points are in its shard. Raises EnvironmentFailure when it fails."""
     root = str(Path(goldgate.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-m", "goldgate.pipeline.shard"]
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as task,
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        subprocess.Popen(  # noqa: S603 - own module, no shell
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as child,
     ):
-        json.dump(job, task)
-        task.seek(0)
-        command = [sys.executable, "-m", "goldgate.pipeline.edge"]
-        with subprocess.Popen(  # noqa: S603 - own module, no shell
-            command, stdin=task, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as child:
-            try:
-                for line in child.stdout or ():
-                    done, total = map(int, line.split())
-                    if progress is not None:
-                        progress("index", done, total)
-            except BaseException:
-                child.kill()
-                raise
-            code = child.wait()
-        errors.seek(0)
-        return code, errors.read()
+        try:
+            if child.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):  # it died: why is known below
+                    _feed(child.stdin, job, batches, total, progress)
+            found, _ = child.communicate()
+        except BaseException:
+            child.kill()
+            raise
+        if child.returncode != 0:
+            errors.seek(0)
+            raise _build_failure(child.returncode, errors.read())
+        return int(found)
+
+
+def _feed(pipe: IO[str], job: Job, batches: Iterable[Sequence[Point]], total: int, progress: Progress | None) -> None:
+    done = 0
+    pipe.write(json.dumps(job) + "\n")
+    for points in batches:
+        pipe.write(json.dumps([_plain(point) for point in points]) + "\n")
+        done += len(points)
+        if progress is not None:
+            progress("index", done, total)
+    pipe.write("null\n")
+    pipe.flush()
+
+
+def _plain(point: Point) -> PlainPoint:
+    dense = base64.b64encode(point.dense.astype(np.float32).tobytes()).decode("ascii")
+    return point.id, dense, list(point.bm25.indices), list(point.bm25.values), point.payload
 
 
 def _workplace(generation: Generation, out: Path) -> Path:
@@ -213,110 +253,6 @@ def _build_failure(code: int, errors: str) -> EnvironmentFailure:
         )
     last = errors.strip().splitlines()[-1:] or [f"exit code {code}"]
     return EnvironmentFailure(f"the collection could not be built: {last[0]}", "", "nothing was published; try again")
-
-
-def _main(task: str) -> None:
-    """Do the job in the child; when the parent was killed, nobody else removes the workplace."""
-    generation, place, difference = json.loads(task)
-    parent = os.getppid()
-    try:
-        _build(Job(generation, place, None if difference is None else Difference(*difference)))
-    finally:
-        if os.getppid() != parent:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def _build(job: Job) -> None:
-    """Make the shard in the workplace, reporting `done total` lines on stdout."""
-    source, place = Path(job.generation), Path(job.place)
-    generation = Generation.model_validate_json((source / MANIFEST).read_bytes())
-    if job.difference is not None and _grow(place / GROWN, job.difference, source, generation):
-        return
-    shutil.rmtree(place / GROWN, ignore_errors=True)
-    _fill(place / SCRATCH, source, generation)
-    found = _read_back(place / SCRATCH)
-    if found != generation.chunks:
-        raise SystemExit(f"the collection holds {found} points instead of {generation.chunks}")
-
-
-def _fill(folder: Path, source: Path, generation: Generation) -> None:
-    """Make a shard of all points of a generation."""
-    folder.mkdir()
-    shard = edge.EdgeShard.create(str(folder), _config(generation))
-    for field in INDEXED:  # before the points, so that the graph gets links within each tenant
-        index = edge.KeywordIndexParams(is_tenant=field == "tenant")
-        shard.update(edge.UpdateOperation.create_field_index(field, index))
-    _upsert(shard, read_points(source, Bm25()), generation.chunks)
-    _complete(shard)
-
-
-def _grow(folder: Path, difference: Difference, source: Path, generation: Generation) -> bool:
-    """Make a shard out of an earlier one; says whether that worked. It may have been damaged, or be gone by now."""
-    folder.mkdir()
-    try:
-        _verified(Path(difference.base), folder)
-        # A rebuilt segment leaves deleted points behind, so that no text outlives its document. New points make the
-        # engine rebuild the only large segment anyway.
-        config = _config(generation, deleted_threshold=0.2 if difference.upsert else 0.0)
-        shard = edge.EdgeShard.load(str(folder), config)
-        _delete(shard, difference.delete)
-        _upsert(shard, read_points(source, Bm25(), difference.upsert), len(difference.upsert))
-        _complete(shard)
-        return _read_back(folder) == generation.chunks
-    except Exception:  # noqa: BLE001 - whatever is wrong with the earlier shard, this one can be built without it
-        return False
-
-
-def _delete(shard: Any, ids: Sequence[str]) -> None:  # noqa: ANN401 - the engine publishes no types
-    if ids:
-        shard.update(edge.UpdateOperation.delete_points(list(ids)))
-
-
-def _upsert(shard: Any, batches: Iterable[Sequence[Point]], total: int) -> None:  # noqa: ANN401 - no types
-    parent, done = os.getppid(), 0
-    for points in batches:
-        shard.update(edge.UpdateOperation.upsert_points([_edge_point(point) for point in points]))
-        done += len(points)
-        sys.stdout.write(f"{done} {total}\n")
-        sys.stdout.flush()
-        if os.getppid() != parent:  # killed parent: nobody will publish this
-            raise SystemExit("the parent process is gone")
-
-
-def _complete(shard: Any) -> None:  # noqa: ANN401 - the engine publishes no types
-    shard.optimize()
-    shard.flush()
-    shard.close()
-
-
-def _config(generation: Generation, deleted_threshold: float = 0.2) -> Any:  # noqa: ANN401 - no types
-    hnsw = generation.hnsw_params
-    return edge.EdgeConfig(
-        vectors={DENSE: edge.EdgeVectorParams(size=generation.dimension, distance=edge.Distance.Dot)},
-        sparse_vectors={BM25: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)},
-        # m = 0 builds no graph: search is exact then.
-        hnsw_config=edge.HnswIndexConfig(
-            m=hnsw.get("m", 0), ef_construct=hnsw.get("ef_construct", 8), full_scan_threshold=1000
-        ),
-        optimizers=edge.EdgeOptimizersConfig(
-            default_segment_number=1, indexing_threshold=1, deleted_threshold=deleted_threshold,
-            vacuum_min_vector_number=0,
-        ),
-        wal_enabled=False,
-    )  # fmt: skip
-
-
-def _edge_point(point: Point) -> Any:  # noqa: ANN401 - the engine publishes no types
-    vectors = {DENSE: point.dense.tolist(), BM25: edge.SparseVector(list(point.bm25[0]), list(point.bm25[1]))}
-    return edge.Point(point.id, vectors, point.payload)
-
-
-def _read_back(folder: Path) -> int:
-    """Open what was written and count its points."""
-    shard = edge.EdgeShard.load(str(folder))
-    found = int(shard.count(edge.CountRequest(exact=True)))
-    shard.close()
-    return found
 
 
 def _copy_out(folder: Path, out: Path, generation: Generation, base: str) -> None:
@@ -509,6 +445,7 @@ def _engine_errors() -> Iterator[None]:
         raise EnvironmentFailure(f"Qdrant Edge failed: {error}", "", "open the collection again") from error
 
 
+@functools.lru_cache(maxsize=1024)  # both rankings of a query share one, and so do queries of the same principal
 def _filter(visible: Visible) -> Any:  # noqa: ANN401 - the engine publishes no types
     return edge.Filter(
         must=[
@@ -523,7 +460,3 @@ def _sparse(vector: Any) -> Sparse:  # noqa: ANN401 - the engine publishes no ty
         return Sparse((), ())
     pairs = sorted(zip(vector.indices, vector.values, strict=True))
     return Sparse(tuple(index for index, _ in pairs), tuple(value for _, value in pairs))
-
-
-if __name__ == "__main__":
-    _main(sys.stdin.read())

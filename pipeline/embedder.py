@@ -18,8 +18,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Dtype = Literal["float32", "bfloat16"]
+B = TypeVar("B")
 
 HASHING = "hashing"
 PACKAGED = {"all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"}
@@ -200,12 +202,14 @@ class MiniLMEmbedder:
         return embedding_key(self.digest, text)
 
     @functools.cached_property
-    def _encoder(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def _encoder(self) -> Encoder:
         return _load_encoder(self._folder, self.dtype)
 
     def _embed(self, ids: list[list[int]], rows: int) -> np.ndarray:
         vectors = np.empty((len(ids), self.dimension), dtype=np.float32)
-        for length, members in self._batches([len(item) for item in ids], rows):
+
+        def fill(batch: tuple[int, list[int]]) -> None:
+            length, members = batch
             tokens = np.zeros((rows, length), dtype=np.int64)
             mask = np.zeros((rows, length), dtype=np.int64)
             mask[:, 0] = 1  # a dummy row attends to its first padding token, so that no mean is over nothing
@@ -213,17 +217,20 @@ class MiniLMEmbedder:
                 tokens[row, : len(ids[member])] = ids[member]
                 mask[row, : len(ids[member])] = 1
             vectors[members] = self._encoder(tokens, mask)[: len(members)]
+
+        # A single row is too small to share out: beside a busy engine its threads would mostly wait for each other.
+        self._encoder.each(fill, list(self._batches([len(item) for item in ids], rows)), shared=rows > 1)
         if not np.isfinite(vectors).all():
             raise EnvironmentFailure(f"the embedder {self.name} gave a vector that is not finite", "finite numbers")
         return vectors
 
     def _batches(self, lengths: list[int], rows: int) -> Iterator[tuple[int, list[int]]]:
-        """(padded length, indexes of at most `rows` texts), shortest first."""
+        """(padded length, indexes of at most `rows` texts), longest first: short ones fill the time at the end."""
         buckets: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
             padded = min(-(-length // self._bucket) * self._bucket, self.max_tokens)
             buckets.setdefault(padded, []).append(index)
-        for padded, members in sorted(buckets.items()):
+        for padded, members in sorted(buckets.items(), reverse=True):
             for first in range(0, len(members), rows):
                 yield padded, members[first : first + rows]
 
@@ -351,8 +358,8 @@ def _check_weights(folder: Path) -> list[Path]:
 # ---------------------------------------------------------------- torch
 
 
-def _load_encoder(folder: Path, dtype: Dtype) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """(rows, length) token ids and mask -> (rows, dimension) float32 unit vectors, on the GPU where there is one."""
+def _load_encoder(folder: Path, dtype: Dtype) -> Encoder:
+    """Load the model, on the GPU where there is one."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import torch
@@ -361,26 +368,62 @@ def _load_encoder(folder: Path, dtype: Dtype) -> Callable[[np.ndarray, np.ndarra
     model = _load_model(folder, getattr(torch, dtype)).to(device)
     if device == "cpu":
         _multiply_with_onednn(model)
-    all_threads = torch.get_num_threads()
+    return Encoder(model, device, torch.get_num_threads())
 
-    def encode(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        # A single row is too small to share out: beside a busy engine its threads would mostly wait for each other.
-        torch.set_num_threads(1 if len(tokens) == 1 else all_threads)
-        try:
-            return _encode(tokens, mask)
-        finally:
-            torch.set_num_threads(all_threads)  # an engine that starts in this process later takes what it finds
 
-    def _encode(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+class Encoder:
+    """A loaded model, and the threads that it may use."""
+
+    def __init__(self, model: Any, device: str, threads: int) -> None:  # noqa: ANN401 - transformers publishes no types
+        """`threads` count on the processor only."""
+        self._model = model
+        self._device = device
+        self._threads = threads
+
+    def __call__(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """(rows, length) token ids and mask -> (rows, dimension) float32 unit vectors."""
+        import torch
+
         with torch.inference_mode():
-            seen = torch.from_numpy(mask).to(device)
-            hidden = model(input_ids=torch.from_numpy(tokens).to(device), attention_mask=seen).last_hidden_state
+            seen = torch.from_numpy(mask).to(self._device)
+            ids = torch.from_numpy(tokens).to(self._device)
+            hidden = self._model(input_ids=ids, attention_mask=seen).last_hidden_state
             weight = seen.unsqueeze(-1).to(torch.float32)
             mean = (hidden.to(torch.float32) * weight).sum(dim=1) / weight.sum(dim=1)
             unit = torch.nn.functional.normalize(mean, dim=1)
         return np.asarray(unit.cpu().numpy(), dtype=np.float32)
 
-    return encode
+    def each(self, work: Callable[[B], None], batches: Sequence[B], *, shared: bool) -> None:
+        """Call `work` for every batch, several at a time; `shared` says whether threads may share one batch.
+
+        A thread for each of many batches beats all threads on one: they never wait for each other, which they do a
+        hundred times in one batch, and long where the machine has something else to do.
+        """
+        import torch
+
+        if self._device != "cpu" or not batches:
+            for batch in batches:
+                work(batch)
+            return
+        workers = min(self._threads, len(batches))
+        inner = max(1, self._threads // workers) if shared else 1
+        before = torch.get_num_threads()
+        try:
+            if workers == 1:
+                torch.set_num_threads(inner)
+                for batch in batches:
+                    work(batch)
+                return
+            # The number belongs to the thread that sets it.
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(inner,)) as pool:
+                try:
+                    for done in [pool.submit(work, batch) for batch in batches]:
+                        done.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            torch.set_num_threads(before)
 
 
 def _load_model(folder: Path, dtype: object) -> Any:  # noqa: ANN401 - transformers publishes no types

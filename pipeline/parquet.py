@@ -38,7 +38,9 @@ def read_records(path: Path, record: type[R], rows: Sequence[int] | None = None)
     """Read the records of `path`, or of some rows. Raises UsageError when it is absent, damaged or holds others."""
     try:
         table = read_table(path)
-        return from_table(table if rows is None else table.take(pa.array(rows, pa.int64())), record)
+        if rows is not None:  # not by `take`: an Arrow array of Python numbers makes pyarrow import pandas, a second
+            table = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])
+        return from_table(table, record)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -257,18 +257,30 @@ def ray_session(actors: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    where: dict[str, object] = {"address": os.environ.get("RAY_ADDRESS")}
+    where: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
     if not where["address"]:
         # One logical CPU more than the actors take: without it the chunking tasks would never be scheduled.
         cpus = max(os.cpu_count() or 1, actors + 1)
         where = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
         with _environment(), _muted("ray", logging.ERROR), _without_native_output():
-            ray.init(**where, log_to_driver=False, configure_logging=False)
+            _start_ray(where)
         yield
     finally:
         with undisturbed():
             ray.shutdown()
+
+
+def _start_ray(where: dict[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(**where, log_to_driver=False, configure_logging=False)
+    except Exception as error:  # it raises anything, a bare Exception when the machine is too busy to start in time
+        raise EnvironmentFailure(
+            f"Ray does not start: {_last_line(error)}", "free memory, free cores and a writable /tmp",
+            "run goldgate doctor, then try again, or use --engine local",
+        ) from error  # fmt: skip
 
 
 @contextlib.contextmanager

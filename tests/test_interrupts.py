@@ -1,9 +1,8 @@
 """Ctrl-C in each stage: one line, exit code 130, nothing half-written, nobody left behind, and again it succeeds.
 
 The real command runs in a process of its own until its progress says that it is inside the stage. Reading and
-embedding in this process are in test_cli.py and pipeline/test_embed.py, converting the real model is in
-serving/test_model.py. The answers come from the doubles and from a slow endpoint: loading vLLM for one signal takes a
-minute.
+embedding in this process are in test_cli.py and pipeline/test_embed.py. The answers come from the doubles and from a
+slow endpoint: loading vLLM for one signal takes a minute.
 """
 
 from __future__ import annotations
@@ -28,14 +27,19 @@ import pytest
 
 from goldgate.cli import main
 from goldgate.pipeline.schema import Report
-from goldgate.pipeline.store import json_bytes
+from goldgate.pipeline.store import Store, json_bytes
+from goldgate.serving.model import build_model, load_model_spec
 from tests.serving.endpoint import Endpoint, Reply, completion, endpoint
 from tests.test_bad_input import published
 from tests.test_dvc import write_dvc_project
 from tests.test_workflow import enter
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES, QUESTIONS, CASES = 300, 40, 400
+PAGES, QUESTIONS, CASES = 200, 40, 400
+MODEL = "smollm2-135m-grounded.toml"
+WEIGHTS_BYTES = 700_000_000
+"""More than the libraries of the conversion take without the weights."""
+
 MARK = "GOLDGATE_TEST_MARK"
 PATIENCE_S = 300
 LINE = "goldgate: interrupted; what was finished is kept"
@@ -65,6 +69,7 @@ class Running:
             start_new_session=True,
         )
         self.said: list[str] = []
+        self.printed = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -110,7 +115,7 @@ class Running:
             process.kill()
         assert told == []
         assert self.process.stdout is not None
-        assert self.process.stdout.read() == ""
+        self.printed = self.process.stdout.read()
 
     def _marked(self) -> list[psutil.Process]:
         found = []
@@ -123,7 +128,8 @@ class Running:
         return found
 
     def check_lines(self) -> None:
-        """One line says it, the others are progress."""
+        """One line says it, the others are progress; no result is printed."""
+        assert self.printed == ""
         lines = [line.rstrip("\n") for line in self.said]
         assert lines.count(LINE) == 1, lines
         assert lines[-1] == LINE
@@ -250,6 +256,27 @@ def test_build_over_ray(house: Path) -> None:
     interrupted(house, ["build"], "embed texts", kept=("embeddings",), group=True)
     run_again(house, "build")
     assert results(house) == made
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_model(tmp_path: Path, session_store: Store) -> None:
+    """The real conversion, interrupted while it holds the weights; again, in another process: the same bytes."""
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "serving" / "models", project / "serving" / "models")
+    (project / "params.toml").write_text(f'[model]\nfile = "serving/models/{MODEL}"\n', encoding="utf-8")
+    store = project / ".goldgate"
+    with Running(project, "model") as running:
+        running.wait_until(lambda: running.tells("convert "))
+        running.wait_until(lambda: psutil.Process(running.process.pid).memory_info().rss > WEIGHTS_BYTES)
+        running.interrupt()
+        running.check_lines()
+    assert set(published(store)) == {"format.json"}
+    assert list((store / "tmp").iterdir()) == []
+    assert not (project / "build").exists()
+    digest = json.loads(run_again(project, "model", "--json"))["digest"]
+    # Most often converted already, for the other tests of this run.
+    assert digest == build_model(load_model_spec(ROOT / "serving" / "models" / MODEL), session_store).digest
 
 
 def test_answer(house: Path) -> None:
