@@ -80,7 +80,7 @@ def _show_sources(answer: Answer, first_ms: float | None) -> None:
         where = (citation.document, citation.start, citation.end)
         if where not in seen:
             seen.add(where)
-            out(f"  source [{citation.passage}]: {citation.document}, characters {citation.start}-{citation.end}")
+            out(f"  source: {citation.document}, characters {citation.start}-{citation.end}")
     if not answer.citations:
         out("  source: none of the passages supports this answer" if not answer.abstained else "  (refused: no source)")
     first = f"first token after {first_ms:.0f} ms" if first_ms is not None else "no token was generated"

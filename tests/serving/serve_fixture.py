@@ -165,7 +165,7 @@ def deployment_of_the_real_model(store: Store, folder: Path) -> Iterator[Deploym
 
     The integrator's session fixture `deployment` yields this once per test run.
     """
-    release = make_release(store, folder, model="smollm2-135m-grounded.toml", embedder="all-MiniLM-L6-v2")
+    release = make_release(store, folder, model="smollm2-135m.toml", embedder="all-MiniLM-L6-v2")
     releases.promote(store, release.digest, actor="test")
     with serving(store, timeout_s=600) as running:
         wait_for(running, timeout_s=600)

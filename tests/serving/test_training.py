@@ -37,7 +37,7 @@ from goldgate.serving.training.train import CHECKPOINT, Settings, load_base, pac
 from tests.serving.models import TEMPLATE, write_model_file
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPT = ROOT / "serving" / "prompts" / "grounded.toml"
+PROMPT = ROOT / "serving" / "prompts" / "sentence.toml"
 MODEL_FILE = 'name = "tiny"\nkind = "vllm"\nsource = "{source}"\n{rest}[engine]\nmax_model_len = 512\n'
 
 TOPICS = [
