@@ -357,6 +357,12 @@ def _load_encoder(folder: Path, dtype: Dtype) -> Callable[[np.ndarray, np.ndarra
     def encode(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         # A single row is too small to share out: beside a busy engine its threads would mostly wait for each other.
         torch.set_num_threads(1 if len(tokens) == 1 else all_threads)
+        try:
+            return compute(tokens, mask)
+        finally:
+            torch.set_num_threads(all_threads)  # an engine that starts in this process later takes what it finds
+
+    def compute(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             seen = torch.from_numpy(mask).to(device)
             hidden = model(input_ids=torch.from_numpy(tokens).to(device), attention_mask=seen).last_hidden_state

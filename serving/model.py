@@ -165,7 +165,7 @@ def build_model(spec: ModelSpec, store: Store, progress: Progress | None = None)
     missing or damaged package and for files in the store that changed since they were published.
     """
     if spec.kind != "vllm":
-        return Model(digest=digest_json({"spec": spec.model_dump(mode="json")}), spec=spec)
+        return Model(digest=digest_json({"spec": _identity(spec)}), spec=spec)
     source = _find_source(spec.source)
     weights = _weights_digest(source, spec.adapter_digest)
     if not store.has("models", weights):
@@ -176,8 +176,19 @@ def build_model(spec: ModelSpec, store: Store, progress: Progress | None = None)
             _report(progress, f"convert {spec.name}", 1, 1)
     path = store.path("models", weights)
     files = verify_files(path)
-    content = {"spec": spec.model_dump(mode="json"), "files": {name: file.sha256 for name, file in files.items()}}
+    content = {"spec": _identity(spec), "files": {name: file.sha256 for name, file in files.items()}}
     return Model(digest=digest_json(content), weights=weights, files=files, spec=spec, path=path)
+
+
+def _identity(spec: ModelSpec) -> dict[str, Any]:
+    """Return what the digest covers. Fields that came later count where they are set: a model that was released before
+    them keeps its digest, and can still be served."""
+    found = spec.model_dump(mode="json")
+    if not spec.adapter_digest:
+        del found["adapter_digest"]
+    if not spec.sampling.logit_bias:
+        del found["sampling"]["logit_bias"]
+    return found
 
 
 def verify_files(folder: Path) -> dict[str, StoredFile]:
@@ -252,13 +263,16 @@ def _taken(folder: Path) -> list[Path]:
 
 def _weights_digest(source: _Source, adapter: str) -> str:
     """Content address of the conversion: known before it runs."""
-    merged = {"adapter": adapter} if adapter else {}
     try:
-        if source.gguf is not None or adapter:
-            merged |= {"dtype": "bfloat16", **{name: importlib.metadata.version(name) for name in CONVERTERS}}
+        made_of: dict[str, Any]
         if source.gguf is not None:
-            return digest_json({"gguf": digest_file(source.gguf), **merged})
-        return digest_json({"folder": {path.name: digest_file(path) for path in _taken(source.folder)}, **merged})
+            made_of = {"gguf": digest_file(source.gguf)}
+        else:
+            made_of = {"folder": {path.name: digest_file(path) for path in _taken(source.folder)}}
+        if source.gguf is not None or adapter:
+            versions = {name: importlib.metadata.version(name) for name in CONVERTERS}
+            made_of |= {"converters": versions, "dtype": "bfloat16"}
+        return digest_json(made_of | ({"adapter": adapter} if adapter else {}))
     except OSError as error:
         raise UsageError(f"model source {error.filename} cannot be read: {error.strerror}") from None
     except importlib.metadata.PackageNotFoundError as error:

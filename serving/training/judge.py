@@ -139,7 +139,7 @@ def manual_sets(folder: Path, embedder: Embedder, limit: int) -> Iterator[tuple[
     }
     near = Neighbours([chunk.text for page in sorted(chunks) for chunk in chunks[page]], embedder)
     rng = random.Random(SEED)  # noqa: S311 - an order, not a secret
-    three, wrong, impossible = [], [], []
+    three, wrong, impossible, divided = [], [], [], 0
     for row in _sample(rows, limit):
         question, facts = row["question"], tuple(row["facts"])
         if row["document"] is None:
@@ -147,10 +147,13 @@ def manual_sets(folder: Path, embedder: Embedder, limit: int) -> Iterator[tuple[
             continue
         right = [c.text for c in chunks[row["document"]] if _plain(row["quote"]) in _plain(c.text)]
         if not right:
-            continue  # the anchor is divided between two chunks: no passage answers by itself
+            divided += 1  # the anchor lies in two chunks: no passage answers by itself
+            continue
         others = near.nearest(question, 3, right[0], facts)
         three.append(_among(question, right[0], others[:2], facts, rng))
         wrong.append(Ask(question, tuple(others)))
+    if divided:
+        typer.echo(f"postgresql manual: {divided} questions left out, two chunks share what answers them", err=True)
     yield "postgresql manual, 3 passages", three
     yield "postgresql manual, 3 wrong passages", wrong
     yield "postgresql manual, unanswerable", impossible
@@ -193,7 +196,7 @@ def outcome(ask: Ask, said: str | Failure) -> Outcome:
         refused=refused,
         holds=not refused and bool(ask.facts) and _holds(said, ask.facts),
         cited=int(marks[-1]) if marks else None,
-        copied=not refused and any(body in _plain(passage) for passage in ask.passages),
+        copied=not refused and bool(body) and any(body in _plain(passage) for passage in ask.passages),
     )
 
 
@@ -266,7 +269,13 @@ def _cells(tally: Tally) -> list[str]:
 
 
 def _share(part: int | None, whole: int | None) -> str:
-    return f"{100 * part / whole:.0f} %" if part is not None and whole else "not measured"
+    """Return a share with its exact 95 % interval (Clopper-Pearson), in percent."""
+    if part is None or not whole:
+        return "not measured"
+    from scipy.stats import binomtest
+
+    interval = binomtest(part, whole).proportion_ci(method="exact")
+    return f"{100 * part / whole:.0f} % ({100 * interval.low:.0f}-{100 * interval.high:.0f})"
 
 
 def main(

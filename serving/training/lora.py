@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.params import parse_record
 from goldgate.pipeline.schema import Record
+from goldgate.serving.model import ADAPTER_FILES
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_FILES
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PREFIX = "base_model.model."
 

@@ -11,15 +11,12 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.schema import Passage, Principal, Query
-from goldgate.serving.prompt import Prompt, load_prompt, render
+from goldgate.serving.prompt import Prompt, render
 from goldgate.serving.rendering import VllmRenderer
-from goldgate.serving.training.examples import Question, Topic, TrainingPassage
-
-REFUSAL = "I don't know."
+from goldgate.serving.training.examples import Topic, TrainingPassage
 
 WORDINGS = (
     "Answer only from the context. Cite the passage. If the context does not answer, say: I don't know.",
@@ -35,7 +32,7 @@ WORDINGS = (
 CANONICAL_SHARE = 0.7
 INJECTED_SHARE = 0.15
 PASSAGES = (1, 2, 3, 3, 4, 4, 5)
-MOST_CONTEXT_TOKENS = 1000
+MOST_CONTEXT_WORDS = 600
 MOST_QUESTIONS = 14
 
 
@@ -115,10 +112,10 @@ class Packer:
         rng.shuffle(impossible)
         refused = [*impossible[:4], *strangers][: max(1, len(targets) // 2 + 1)]
         targets = targets[: MOST_QUESTIONS - len(refused)]
-        return self.tokens(prompt, texts, [*targets, *(Target(question, REFUSAL) for question in refused)])
+        return self.tokens(prompt, texts, [*targets, *(Target(question, prompt.refusal) for question in refused)])
 
     def tokens(self, prompt: Prompt, texts: Sequence[str], targets: Sequence[Target]) -> Pack:
-        """Return the pack of these passages (as many as there is room for) and questions."""
+        """Return the pack of these passages and questions."""
         context, segments = "", []
         for target in targets:
             rendered = self.render(prompt, texts, target.question)
@@ -154,7 +151,7 @@ def _divide(passages: list[TrainingPassage], rng: random.Random) -> list[list[Tr
         group: list[TrainingPassage] = []
         while passages and len(group) < count:
             words += len(passages[-1].text.split())
-            if group and words > MOST_CONTEXT_TOKENS * 0.6:
+            if group and words > MOST_CONTEXT_WORDS:
                 break
             group.append(passages.pop())
         groups.append(group)
@@ -170,11 +167,3 @@ def _inject(text: str, instruction: str, rng: random.Random) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def load_packer(renderer: VllmRenderer, prompt_file: Path, instructions: Sequence[str]) -> Packer:
-    """Return a Packer for a prompt file. Raises UsageError naming the file and the field."""
-    return Packer(renderer, load_prompt(prompt_file), instructions)
-
-
-__all__ = ["Pack", "Packer", "Question", "Target", "load_packer"]

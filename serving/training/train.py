@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from goldgate.pipeline.errors import GoldgateError, UsageError
 from goldgate.pipeline.params import AnswerParams
 from goldgate.pipeline.store import Store
 from goldgate.serving.model import Model, build_model, load_model_spec
+from goldgate.serving.prompt import load_prompt
 from goldgate.serving.rendering import VllmRenderer
 from goldgate.serving.training.examples import Topic, load_clapnq, load_instructions, load_own, load_xquad
 from goldgate.serving.training.lora import AdapterConfig, add_adapter, save_adapter
-from goldgate.serving.training.packing import Pack, Packer, load_packer
+from goldgate.serving.training.packing import Pack, Packer
 
 CHECKPOINT = "checkpoint.pt"
 STEP_TOKENS = 2400
@@ -135,8 +135,8 @@ def packed_attention(
     return torch.cat([first, rest], 1).transpose(0, 1)[None], None
 
 
-def pack_loss(model: Any, pack: Pack, device: str) -> tuple[torch.Tensor, float]:  # noqa: ANN401 - no types here
-    """Return the summed weighted loss of a pack's answers and the sum of weights."""
+def pack_loss(model: Any, pack: Pack, device: str) -> torch.Tensor:  # noqa: ANN401 - transformers has no types here
+    """Return the summed weighted loss of a pack's answers."""
     layout = lay_out(pack).to(device)
     hidden = model.model(
         input_ids=layout.ids[None],
@@ -148,7 +148,7 @@ def pack_loss(model: Any, pack: Pack, device: str) -> tuple[torch.Tensor, float]
     # The vocabulary projection is half of a small model's work: only for the tokens that are learned.
     logits = torch.nn.functional.linear(hidden[layout.places], model.lm_head.weight).float()
     loss = torch.nn.functional.cross_entropy(logits, layout.ids[layout.places + 1], reduction="none")
-    return (loss * layout.weights).sum(), float(layout.weights.sum())
+    return (loss * layout.weights).sum()
 
 
 def rate_at(step: int, settings: Settings) -> float:
@@ -184,7 +184,6 @@ def train(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(settings.seed)
-    random.seed(settings.seed)
     base = load_base(model).to(device)
     base.eval()  # no dropout anywhere in this architecture; frozen but for the adapter
     config = AdapterConfig(r=settings.rank, lora_alpha=settings.alpha, base_model_name_or_path=model.spec.source)
@@ -221,7 +220,7 @@ def _step(
     total = sum(float(lay_out(pack).weights.sum()) for pack in packs)
     shown = 0.0
     for pack in packs:
-        loss, _ = pack_loss(model, pack, device)
+        loss = pack_loss(model, pack, device)
         (loss / total).backward()
         shown += float(loss.detach()) / total
     torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
@@ -280,7 +279,7 @@ def main(
     try:
         model = build_model(load_model_spec(base), Store.open(store))
         renderer = VllmRenderer(model, AnswerParams())
-        packer = load_packer(renderer, prompt, load_instructions(data))
+        packer = Packer(renderer, load_prompt(prompt), load_instructions(data))
         topics = load_topics(data)
         first = packer.epoch(topics, seed * 1000)
         typer.echo(

@@ -167,7 +167,11 @@ def test_a_vector_depends_only_on_its_text_bit_for_bit(dtype: str) -> None:
     assert [row.tobytes() for row in model.embed(texts)] == alone
     assert [row.tobytes() for row in model.embed(texts[::-1])][::-1] == alone
     assert model.embed([texts[5], *texts[:3], texts[5]])[-1].tobytes() == alone[5]
+    import torch
+
+    threads = torch.get_num_threads()
     queries = model.embed_queries(texts[:4])
+    assert torch.get_num_threads() == threads, "an engine that starts later in this process takes what it finds"
     assert [model.embed_queries([text])[0].tobytes() for text in texts[:4]] == [row.tobytes() for row in queries]
 
 

@@ -353,6 +353,11 @@ def test_a_mark_names_its_passage() -> None:
     assert [c.document for c in cite("The tower is 330 metres tall [9].", twice)] == ["a.md"], "no such passage"
     assert cite("The tower is 330 metres tall [3].", twice) == (), "a mark alone supports nothing"
     assert cite("[1]", twice) == ()
+    # Behind the full stop a mark belongs to the sentence before it.
+    assert [c.document for c in cite("The tower is 330 metres tall. [2]", twice)] == ["copy.md"]
+    assert cite("The tower is 330 metres tall. [3]", twice) == ()
+    both = cite("The tower is 330 metres tall. [2] The tower is 330 metres tall. [1]", twice)
+    assert [c.document for c in both] == ["copy.md", "a.md"]
 
 
 @given(

@@ -36,6 +36,21 @@ def test_shipped_model_files_are_valid_and_greedy(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("extractive", "36a547abe8a03dd281fbbee169ce65e33b947a78665cac6f3d0f6c9b51f159a8"),
+        ("openai-compatible", "b2ae69fca78a61d6327173d3553efe87ff76b2e9570658ece964fdc4dddbe79e"),
+    ],
+)
+def test_a_model_that_was_released_keeps_its_digest(name: str, digest: str, store: Store) -> None:
+    """A release names its model by digest: a new field of the model file must not make it unservable.
+
+    A change of these two shipped files changes their digests; a change of the code alone must not.
+    """
+    assert build_model(load_model_spec(SHIPPED / f"{name}.toml"), store).digest == digest
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ('name = "a"\nkind = "vllm"\nsorce = "x"', "did you mean source?"),
@@ -182,9 +197,11 @@ def test_a_truncated_gguf_is_one_line(tmp_path: Path, store: Store) -> None:
 
 
 @pytest.mark.engine
-def test_the_converted_model_is_whole(generator: Generator) -> None:
-    """That converting again gives the same bytes is tested where it is interrupted: tests/test_interrupts.py."""
+def test_converting_again_gives_the_same_bytes(generator: Generator, store: Store) -> None:
     assert isinstance(generator, VllmGenerator)
-    files = verify_files(generator.path)
-    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= set(files)
+    before = verify_files(generator.path)
+    model = build_model(generator.spec, store)
+    assert model.files == before
+    assert model.path != generator.path
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= set(model.files)
     assert json.loads((generator.path / "config.json").read_text())["dtype"] == "bfloat16"

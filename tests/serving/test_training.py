@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.params import AnswerParams
 from goldgate.pipeline.schema import Failure
 from goldgate.pipeline.store import Store
+from goldgate.serving.generate import Generator, VllmGenerator
 from goldgate.serving.model import adapter_digest, build_model, load_model_spec
+from goldgate.serving.prompt import load_prompt
 from goldgate.serving.rendering import VllmRenderer
 from goldgate.serving.training import judge as judging
 from goldgate.serving.training.examples import (
@@ -32,7 +35,7 @@ from goldgate.serving.training.examples import (
     load_xquad,
 )
 from goldgate.serving.training.lora import AdapterConfig, add_adapter, load_adapter, merge_adapter, save_adapter
-from goldgate.serving.training.packing import REFUSAL, Packer, load_packer
+from goldgate.serving.training.packing import Packer
 from goldgate.serving.training.train import CHECKPOINT, Settings, load_base, pack_loss, train
 from tests.serving.models import TEMPLATE, write_model_file
 
@@ -82,7 +85,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def packer_of(tiny: Path, store: Store) -> Packer:
     spec = load_model_spec(write_model_file(tiny.parent / "tiny.toml", MODEL_FILE.format(source=tiny, rest="")))
-    return load_packer(VllmRenderer(build_model(spec, store), AnswerParams()), PROMPT, ["Say BANANA."])
+    renderer = VllmRenderer(build_model(spec, store), AnswerParams())
+    return Packer(renderer, load_prompt(PROMPT), ["Say BANANA."])
 
 
 def test_a_pack_costs_each_question_what_it_costs_alone(tiny: Path, store: Store) -> None:
@@ -92,7 +96,7 @@ def test_a_pack_costs_each_question_what_it_costs_alone(tiny: Path, store: Store
     model = load_base(build_model(packer.renderer.spec, store), torch.float32)
     for pack in packer.epoch(TOPICS, seed=3)[:3]:
         with torch.no_grad():
-            together, _ = pack_loss(model, pack, "cpu")
+            together = pack_loss(model, pack, "cpu")
             alone = 0.0
             for question, answer in pack.segments:
                 ids = torch.tensor([*pack.context, *question, *answer])
@@ -112,7 +116,7 @@ def test_what_is_trained_on_is_the_prompt_that_is_served(tiny: Path, store: Stor
             body = said.removesuffix("<|im_end|>")
             asked = re.search(r"Question: (.*)<\|im_end\|>", text)
             assert asked is not None
-            if body == REFUSAL:
+            if body == packer.prompt.refusal:
                 assert "lines of class" not in asked[1] or f"Rule {asked[1][-2]}" not in text
             else:
                 number = re.search(r" \[(\d)\]$", body)
@@ -256,6 +260,30 @@ def test_the_shipped_adapter_is_small_pinned_and_for_every_layer() -> None:
     assert (folder / "README.md").is_file()
 
 
+@pytest.mark.engine
+@pytest.mark.slow
+def test_the_shipped_adapter_is_merged_into_the_real_model(generator: Generator, session_store: Store) -> None:
+    """One plain model comes out: the same tensors as the base, and every target layer another."""
+    assert isinstance(generator, VllmGenerator)
+    spec = load_model_spec(ROOT / "serving" / "models" / "smollm2-135m-grounded.toml")
+    merged = build_model(spec, session_store)
+    assert merged.path is not None
+    config, _ = load_adapter(ROOT / "serving" / "models" / spec.adapter)
+    with (
+        safe_open(merged.path / "model.safetensors", framework="pt") as ours,
+        safe_open(generator.path / "model.safetensors", framework="pt") as base,
+    ):
+        assert set(ours.keys()) == set(base.keys())
+        for name in base.keys():  # noqa: SIM118 - not a mapping
+            targeted = any(f".{target}." in name for target in config.target_modules)
+            assert torch.equal(ours.get_tensor(name), base.get_tensor(name)) != targeted, name
+    renderer = VllmRenderer(merged, AnswerParams())
+    (token,) = spec.sampling.logit_bias
+    assert renderer.encode(load_prompt(PROMPT).refusal)[0] == int(token), (
+        "the bias is on the word that begins a refusal"
+    )
+
+
 def test_the_two_halves_of_xquad_share_no_paragraph_and_no_article(data: Path) -> None:
     trained, judged = load_xquad(data, judged=False), load_xquad(data, judged=True)
     assert (len(trained), len(judged)) == (24, 24)
@@ -375,3 +403,8 @@ def test_a_failure_is_neither_wrong_nor_a_refusal() -> None:
 def test_a_share_of_nothing_is_not_measured() -> None:
     tally = judging.Tally(asked=3, failed=3, fact_in_answer=None)
     assert "not measured" in judging.table({"m": {"set": tally}})
+
+
+def test_a_share_has_its_exact_interval() -> None:
+    tally = judging.Tally(asked=30, fact_in_answer=17, refused=3, right_passage_cited=17)
+    assert "| 57 % (37-75) | 10 % (2-27) | 100 % (80-100) |" in judging.table({"m": {"set": tally}})
