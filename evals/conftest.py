@@ -10,10 +10,10 @@ import pytest
 
 from goldgate.evals import evaluate
 from goldgate.evals.evaluate import Handover, Inputs
-from goldgate.evals.promote import production_documents
+from goldgate.evals.promote import production_documents, production_places
 from goldgate.pipeline.errors import GoldgateError
 from goldgate.pipeline.params import load_params
-from goldgate.pipeline.schema import Document, Score
+from goldgate.pipeline.schema import Document, Evidence, ResolvedEvidence, Score
 from goldgate.pipeline.store import DEFAULT_STORE, STORE_VARIABLE, Store
 
 PROPERTY = "goldgate"
@@ -46,19 +46,26 @@ def _load(config: pytest.Config) -> Handover:
         evaluate.discard_report(build)
     params = load_params(path)
     prompt = params.prompt.model_copy(update={"file": str(path.parent / params.prompt.file)})
+    previous, places = _production(config.getoption("--store"), config.getoption("--app"))
     inputs = evaluate.load_inputs(
         build,
         Path(config.getoption("--golden")),
         params.model_copy(update={"prompt": prompt}),
-        previous=_production(config.getoption("--store"), config.getoption("--app")),
+        previous=previous,
+        places=places,
     )
     return Handover(inputs, build)
 
 
-def _production(store: str | None, application: str) -> dict[str, Document] | None:
-    """Return production's documents; None without a store, which is not made for this."""
+def _production(
+    store: str | None, application: str
+) -> tuple[dict[str, Document] | None, dict[Evidence, ResolvedEvidence] | None]:
+    """Return production's documents and where it found the evidence; None without a store: none is made for this."""
     root = Path(store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
-    return production_documents(Store.open(store), application) if root.is_dir() else None
+    if not root.is_dir():
+        return None, None
+    opened = Store.open(store)
+    return production_documents(opened, application), production_places(opened, application)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

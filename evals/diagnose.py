@@ -2,7 +2,7 @@
 
 Every case that got worse is explained by itself, and the part that explains most of them is named:
 
-* zero tolerance hit: security;
+* zero tolerance hit: security, which is also told by itself whichever part is named;
 * its evidence is gone from a document that changed, or another document that changed took its place: document;
 * its evidence is unchanged and no longer retrieved: retrieval;
 * its evidence is retrieved as before and the answer got worse: generation when the model changed or the answer is less
@@ -10,7 +10,8 @@ Every case that got worse is explained by itself, and the part that explains mos
 * everything good and still wrong: the document now says something else, or the gold case is out of date.
 
 A fault can show at one stage and come from another, so what changed outranks where it shows: with nothing but documents
-changed, retrieval and generation are not to blame.
+changed, retrieval and generation are not to blame. For the same reason one leak among many lost cases does not hide
+what lost them: security is named when it explains the verdict by itself, or as many cases as any other part.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from goldgate.evals.pairs import Comparison, Pair, compare, lost_documents, measure
-from goldgate.pipeline.schema import Diagnosis, Report, Verdict
+from goldgate.pipeline.schema import CaseReport, Condition, Diagnosis, Report, Verdict
 
 Part = Literal["retrieval", "generation", "prompt", "document", "gold", "security", "none", "unknown"]
 
@@ -43,6 +44,20 @@ DO_NEXT: dict[Part, str] = {
     "unknown": "read these answers beside the old ones in the report",
     "none": "",
 }
+
+# What follows a verdict, by system: an application over HTTP is judged here and released where it runs.
+PASSED = {
+    "builtin": "goldgate release",
+    "http": "put this version live where it runs, and keep its report.json to compare the next one with: "
+    "goldgate gate --against",
+}
+FIRST = {
+    "builtin": "goldgate release --bootstrap makes the first release",
+    "http": "keep this report.json, and compare the next version with it: goldgate gate --against",
+}
+
+ZERO = "zero tolerance: "
+LEAKED = "text that must never be shown came out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,57 +88,116 @@ def diagnose(
     report: Report, baseline: Report | None, verdict: Verdict, changed_parts: Sequence[str] | None = None
 ) -> Diagnosis:
     """Explain a verdict. `changed_parts` names the parts that changed; without it their digests are compared."""
-    hits = _hits(verdict)
-    if hits:
-        return _security(hits)
+    hits = leaks(verdict)
     if baseline is None or verdict.touched is None:
-        return _without_pairs(verdict)
+        return _security(hits) if hits else _without_pairs(report, verdict)
     changes = _changes(report, baseline, changed_parts)
-    comparison = compare(report, baseline, None)
-    explained = [_explain(pair, changes, verdict.changed_cases) for pair in _worse(comparison, verdict)]
+    leaking = _leaking(report, verdict)
+    worse = [pair for pair in _worse(compare(report, baseline, None), verdict) if pair.id not in leaking]
+    explained = [_explain(pair, changes, verdict.changed_cases) for pair in worse]
+    if hits:
+        return _with_leaks(hits, leaking, explained, verdict, changes, len(report.cases))
     balanced = verdict.touched.worse <= verdict.touched.better and verdict.verdict == "INCONCLUSIVE"
     if not explained or balanced or verdict.verdict in {"PASS", "NOT_COMPUTED"}:
-        return _nothing_to_blame(verdict, changes, len(report.cases))
-    counts = Counter(item.part for item in explained)
-    part = max(counts, key=lambda name: (counts[name], -ORDER.index(name)))
+        return _nothing_to_blame(report, verdict, changes)
+    return _blame(explained, verdict, changes, len(report.cases))
+
+
+def leaks(verdict: Verdict) -> tuple[str, ...]:
+    """Return one line for each zero-tolerance metric that was hit: the metric and its cases."""
+    return tuple(f"{condition.metric}: {condition.note.removeprefix(ZERO)}" for condition in _zero_hits(verdict))
+
+
+def security_lines(verdict: Verdict) -> tuple[str, ...]:
+    """Return what a report must say about leaks beside a headline that is about another part."""
+    if verdict.diagnosis is not None and verdict.diagnosis.part == "security":
+        return ()
+    return tuple(f"{LEAKED}, in {hit}" for hit in leaks(verdict))
+
+
+def _zero_hits(verdict: Verdict) -> list[Condition]:
+    return [c for c in verdict.conditions if c.status == "broken" and c.note.startswith(ZERO)]
+
+
+# ---------------------------------------------------------------- with something to blame
+
+
+def _blame(explained: Sequence[_Explained], verdict: Verdict, changes: _Changes, total: int) -> Diagnosis:
+    part = _most_blamed(explained)
     lines = _evidence_lines(explained, part, verdict, changes)
-    documents = sorted({*verdict.touched.evidence_lost} & changes.documents) or sorted(changes.documents)
+    lost = verdict.touched.evidence_lost if verdict.touched is not None else {}
+    documents = sorted({*lost} & changes.documents) or sorted(changes.documents)
     do_next = DO_NEXT[part].format(
         changed=_names([name for name in changes.parts if name != "code"]) or "the code",
         documents=_names(documents) or "the documents",
     )
     cause = f"because of {_article(part)}: {_most_often(explained, part)}"
-    return Diagnosis(
-        part=part, headline=f"{_counted(verdict, len(report.cases))}, {cause}", evidence=lines, do_next=do_next
+    return Diagnosis(part=part, headline=f"{_counted(verdict, total)}, {cause}", evidence=lines, do_next=do_next)
+
+
+def _most_blamed(explained: Sequence[_Explained]) -> Part:
+    counts = Counter(item.part for item in explained)
+    return max(counts, key=lambda name: (counts[name], -ORDER.index(name)))
+
+
+def _leaking(report: Report, verdict: Verdict) -> list[str]:
+    """The cases that hit zero tolerance."""
+    metrics = [condition.metric for condition in _zero_hits(verdict)]
+
+    def hit(case: CaseReport) -> bool:
+        found = (case.scores.get(metric) for metric in metrics)
+        return any(score is not None and score.value is not None and score.value < 1 for score in found)
+
+    return sorted(case.id for case in report.cases if hit(case))
+
+
+def _with_leaks(
+    hits: Sequence[str], leaking: Sequence[str], losses: Sequence[_Explained], verdict: Verdict, changes: _Changes,
+    total: int,
+) -> Diagnosis:  # fmt: skip
+    explained = [*(_Explained(case, "security", LEAKED) for case in leaking), *losses]
+    if not losses or not _harmful_without_leaks(verdict) or _most_blamed(explained) == "security":
+        return _security(hits, _others(losses, "security"), changes)
+    blamed = _blame(losses, verdict, changes, total)
+    return blamed.model_copy(
+        update={
+            "evidence": (*(f"{LEAKED}, in {hit}" for hit in hits), *blamed.evidence),
+            "do_next": f"{DO_NEXT['security']}; besides, {blamed.do_next}",
+        }
     )
+
+
+def _harmful_without_leaks(verdict: Verdict) -> bool:
+    """Whether something else keeps this change from passing: then the leak is not all there is to explain."""
+    touched = verdict.touched
+    others = {c.status for c in verdict.conditions if c.tier == "critical" and not c.note.startswith(ZERO)}
+    others |= {touched.status} if touched is not None else set()
+    if "broken" in others or (verdict.must_hold is not None and verdict.must_hold.lost):
+        return True
+    return "inconclusive" in others and touched is not None and touched.worse > touched.better
+
+
+def _security(hits: Sequence[str], others: Sequence[str] = (), changes: _Changes | None = None) -> Diagnosis:
+    changed = [f"changed: {', '.join(changes.parts)}"] if changes is not None and changes.parts else []
+    return Diagnosis(
+        part="security", headline=f"{LEAKED}, in {hits[0]}", evidence=(*hits, *others, *changed),
+        do_next=DO_NEXT["security"],
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- without anything to blame
 
 
-def _hits(verdict: Verdict) -> list[str]:
-    zero = [c for c in verdict.conditions if c.status == "broken" and c.note.startswith("zero tolerance")]
-    return [f"{condition.metric}: {condition.note.removeprefix('zero tolerance: ')}" for condition in zero]
-
-
-def _security(hits: list[str]) -> Diagnosis:
-    return Diagnosis(
-        part="security", headline=f"text that must never be shown came out, in {hits[0]}", evidence=tuple(hits),
-        do_next=DO_NEXT["security"],
-    )  # fmt: skip
-
-
-def _without_pairs(verdict: Verdict) -> Diagnosis:
+def _without_pairs(report: Report, verdict: Verdict) -> Diagnosis:
     if verdict.verdict is None:
         return Diagnosis(
-            part="none", headline="there is no production to compare with",
-            do_next="goldgate release --bootstrap makes the first release",
+            part="none", headline="there is no production to compare with", do_next=FIRST[report.system],
         )  # fmt: skip
     return Diagnosis(part="unknown", headline=verdict.reason, do_next="measure again, then judge again")
 
 
-def _nothing_to_blame(verdict: Verdict, changes: _Changes, total: int) -> Diagnosis:
-    counted = _counted(verdict, total)
+def _nothing_to_blame(report: Report, verdict: Verdict, changes: _Changes) -> Diagnosis:
+    counted = _counted(verdict, len(report.cases))
     if verdict.verdict == "NOT_COMPUTED":
         gold = "removed" in verdict.changed_cases.values() or "stale" in verdict.reason or "gold case" in verdict.reason
         part: Part = "document" if "stale" in verdict.reason and changes.documents else "gold" if gold else "unknown"
@@ -136,7 +210,7 @@ def _nothing_to_blame(verdict: Verdict, changes: _Changes, total: int) -> Diagno
         return Diagnosis(part="none", headline=f"{counted}, too few cases to be sure", do_next=do_next)
     if verdict.verdict == "FAIL":
         return Diagnosis(part="unknown", headline=f"{counted}; {verdict.reason}", do_next=DO_NEXT["unknown"])
-    return Diagnosis(part="none", headline=counted, do_next="goldgate release")
+    return Diagnosis(part="none", headline=counted, do_next=PASSED[report.system])
 
 
 def _counted(verdict: Verdict, total: int) -> str:
@@ -243,8 +317,7 @@ def _evidence_lines(
     lines = [f"{why}: {_names(reasons[why])}" for why in often[:SHOWN]]
     if len(often) > SHOWN:
         lines.append(f"and {len(often) - SHOWN} more reasons for the same part")
-    others = Counter(item.part for item in explained if item.part != part)
-    lines += [f"{count} worse for another reason: {_article(name)}" for name, count in sorted(others.items())]
+    lines += _others(explained, part)
     lost = verdict.touched.evidence_lost if verdict.touched else {}
     if lost:
         lines.append("evidence lost from retrieval: " + _names([f"{name} ({count})" for name, count in lost.items()]))
@@ -253,6 +326,11 @@ def _evidence_lines(
     if changes.documents:
         lines.append(f"changed documents: {_names(sorted(changes.documents))}")
     return tuple(lines)
+
+
+def _others(explained: Sequence[_Explained], part: Part) -> list[str]:
+    others = Counter(item.part for item in explained if item.part != part)
+    return [f"{count} worse for another reason: {_article(name)}" for name, count in sorted(others.items())]
 
 
 def _most_often(explained: Sequence[_Explained], part: Part) -> str:

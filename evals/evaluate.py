@@ -29,6 +29,7 @@ from goldgate.pipeline.schema import (
     CaseAnswer,
     CaseReport,
     Document,
+    Evidence,
     Generation,
     GoldCase,
     MetricInfo,
@@ -38,7 +39,7 @@ from goldgate.pipeline.schema import (
     Timings,
     Unreadable,
 )
-from goldgate.pipeline.store import Store, digest_bytes, digest_json, json_bytes
+from goldgate.pipeline.store import Store, digest_bytes, digest_json, json_bytes, write_files
 
 SystemKind = Literal["builtin", "http"]
 Progress = Callable[[str, int, int], None]
@@ -62,6 +63,7 @@ class Inputs:
     parts: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, Document] | None = None
     previous: Mapping[str, Document] | None = None
+    places: Mapping[Evidence, ResolvedEvidence] | None = None
     similarity: judge.Similarity | None = None
     system_prompt: str = ""
     unreadable: tuple[Unreadable, ...] = ()
@@ -72,7 +74,7 @@ class Inputs:
         """Where the evidence lies; nothing without documents."""
         if self.documents is None:
             return {}
-        return golden.resolve(self.cases, self.documents, self.previous)
+        return golden.resolve(self.cases, self.documents, self.previous, self.places)
 
     @cached_property
     def contexts(self) -> dict[str, CaseContext]:
@@ -137,10 +139,12 @@ def load_inputs(
     system: SystemKind | None = None,
     parts: Mapping[str, str] | None = None,
     previous: Mapping[str, Document] | None = None,
+    places: Mapping[Evidence, ResolvedEvidence] | None = None,
     similarity: judge.Similarity | None = None,
 ) -> Inputs:
     """Read a build folder and a gold set. `similarity` replaces the judge's embedding model.
 
+    `previous` and `places` are production's documents and where its report found the evidence (see golden.resolve).
     What `system` and `parts` do not say is read from parts.json, which the answer step wrote.
 
     Raises UsageError for a bad gold set, metric name or file; NotComputed when a case has no answer in answers.jsonl.
@@ -160,6 +164,7 @@ def load_inputs(
         parts={name: digest for name, digest in known.items() if name != "system"},
         documents=documents,
         previous=previous,
+        places=places,
         similarity=similarity or load_similarity(),
         system_prompt=_system_prompt(Path(params.prompt.file)) if kind == "builtin" else "",
         unreadable=generation.unreadable if generation else (),
@@ -403,18 +408,14 @@ def _mean(values: Sequence[float]) -> dict[str, Any]:
 
 def write_report(build: Path, report: Report) -> None:
     """Write report.json, metrics.json and plots/ into the build folder, each whole or not at all."""
+    plots = {f"{name}.csv": _plot(report, name) for name in report.metrics}
     try:
-        plots = build / PLOTS
-        plots.mkdir(parents=True, exist_ok=True)
-        wanted = {f"{name}.csv" for name in report.metrics}
-        for stale in (path for path in plots.glob("*.csv") if path.name not in wanted):
+        for stale in (path for path in (build / PLOTS).glob("*.csv") if path.name not in plots):
             stale.unlink()
-        for name in report.metrics:
-            _replace(plots / f"{name}.csv", _plot(report, name))
-        _replace(build / METRICS_FILE, json_bytes(summarize(report)))
-        _replace(build / REPORT, json_bytes(report))
     except OSError as error:
         raise EnvironmentFailure(f"{build} cannot be written: {error}", "", "check the disk and try again") from None
+    write_files(build / PLOTS, plots)
+    write_files(build, {METRICS_FILE: json_bytes(summarize(report)), REPORT: json_bytes(report)})
 
 
 def _plot(report: Report, name: str) -> bytes:
@@ -426,18 +427,6 @@ def _plot(report: Report, name: str) -> bytes:
         if score is not None and score.value is not None:
             writer.writerow([case.id, case.cluster, score.value])
     return out.getvalue().encode("utf-8", "backslashreplace")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def discard_report(build: Path) -> None:
@@ -472,6 +461,7 @@ def run_suite(
     *,
     parts: Mapping[str, str] | None = None,
     previous: Mapping[str, Document] | None = None,
+    places: Mapping[Evidence, ResolvedEvidence] | None = None,
     similarity: judge.Similarity | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -483,7 +473,7 @@ def run_suite(
     del store  # reserved for judgements kept between runs
     discard_report(build)
     inputs = load_inputs(
-        build, golden_path, params, system=system, parts=parts, previous=previous, similarity=similarity
+        build, golden_path, params, system=system, parts=parts, previous=previous, places=places, similarity=similarity
     )
     handover = Handover(inputs, build, progress)
     code = _run_pytest(handover)

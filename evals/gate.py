@@ -32,7 +32,16 @@ from goldgate.evals.diagnose import diagnose
 from goldgate.evals.pairs import Comparison, compare
 from goldgate.evals.policy import feasible, load_policy
 from goldgate.evals.touched import MustHoldCases, must_hold_cases, touched_cases
-from goldgate.pipeline.schema import FORMAT_VERSION, Condition, Policy, Report, Touched, Verdict, VerdictWord
+from goldgate.pipeline.schema import (
+    FORMAT_VERSION,
+    Condition,
+    EvidenceChange,
+    Policy,
+    Report,
+    Touched,
+    Verdict,
+    VerdictWord,
+)
 
 __all__ = ["bootstrap_problems", "decide", "feasible", "load_policy", "report_digest"]
 
@@ -71,6 +80,7 @@ def decide(
         must_hold=must_hold.record,
         needed_cases=lines.needed(conditions) if word == "INCONCLUSIVE" else {},
         reason=reason,
+        evidence=_evidence(report),
         changed_cases=comparison.changed_cases,
         skipped_documents=report.unreadable,
         digests=_digests(report, baseline, policy),
@@ -137,10 +147,22 @@ def _without_baseline(report: Report, policy: Policy) -> Verdict:
         baseline=None,
         conditions=tuple(Conditions(report, None, _alone(report), policy).conditions()),
         reason=": ".join(["no_baseline", *([listed(problems, "; ")] if problems else [])]),
+        evidence=_evidence(report),
         skipped_documents=report.unreadable,
         digests=_digests(report, None, policy),
     )
     return verdict.model_copy(update={"diagnosis": diagnose(report, None, verdict)})
+
+
+def _evidence(report: Report) -> tuple[EvidenceChange, ...]:
+    """Return what a person should review: stale first, then moved, by case."""
+    found = [
+        EvidenceChange(case=case.id, document=piece.document, state=piece.state, note=piece.note)
+        for case in report.cases
+        for piece in case.evidence
+        if piece.state != "resolved"
+    ]
+    return tuple(sorted(found, key=lambda change: (change.state != "stale", change.case, change.document)))
 
 
 def _digests(report: Report, baseline: Report | None, policy: Policy) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from goldgate.pipeline.errors import NotComputed, UsageError
 from goldgate.pipeline.params import EvaluateParams
-from goldgate.pipeline.schema import CaseAnswer, Document, GoldCase, Report
+from goldgate.pipeline.schema import CaseAnswer, Document, Evidence, GoldCase, Report, ResolvedEvidence
 from goldgate.pipeline.store import Store
 from goldgate.serving.prompt import load_prompt
 from goldgate.serving.release import load_release, production, release_folder
@@ -24,6 +24,25 @@ def release_documents(store: Store, digest: str) -> dict[str, Document]:
 
     release = load_release(store, digest)
     return read_documents_of(load_generation(release.generation, store), store)
+
+
+def production_places(store: Store, application: str = "default") -> dict[Evidence, ResolvedEvidence] | None:
+    """Return where the live release's report found each piece of evidence, or None when nothing is live."""
+    live = production(store, application)
+    return None if live is None else released_places(store, live)
+
+
+def released_places(store: Store, digest: str) -> dict[Evidence, ResolvedEvidence]:
+    """Return where a release's report found each piece of evidence of its own gold set, in its own documents."""
+    from goldgate.evals.golden import load_cases
+
+    found = {case.id: case.evidence for case in released_report(store, digest).cases}
+    places: dict[Evidence, ResolvedEvidence] = {}
+    for case in load_cases(release_folder(store, digest) / "cases.jsonl"):
+        # A report without documents located nothing.
+        if len(found.get(case.id, ())) == len(case.evidence):
+            places |= zip(case.evidence, found[case.id], strict=True)
+    return places
 
 
 def released_report(store: Store, digest: str) -> Report:
@@ -51,7 +70,8 @@ def production_report(store: Store, digest: str, candidate: Report, cases: Seque
         answers = read_answers(folder / "answers.jsonl")
         documents = release_documents(store, digest)
         rules = load_prompt(folder / "prompt.toml").system
-        return _measure_again(stored, candidate, merge_cases(old, cases), answers, documents, rules)
+        places = released_places(store, digest)
+        return _measure_again(stored, candidate, merge_cases(old, cases), answers, documents, places, rules)
     except UsageError as error:
         raise NotComputed(f"production's answers cannot be measured again: {error}") from error
 
@@ -76,7 +96,7 @@ def _definitions(report: Report) -> dict[str, tuple[str, str]]:
 
 def _measure_again(
     stored: Report, candidate: Report, cases: Sequence[GoldCase], answers: Mapping[str, CaseAnswer],
-    documents: Mapping[str, Document], rules: str,
+    documents: Mapping[str, Document], places: Mapping[Evidence, ResolvedEvidence], rules: str,
 ) -> Report:  # fmt: skip
     from goldgate.evals.evaluate import Inputs, evaluate, load_similarity
 
@@ -84,7 +104,7 @@ def _measure_again(
     metrics = tuple(name for name, info in candidate.metrics.items() if not info.judge.startswith("llm:"))
     inputs = Inputs(
         cases=tuple(cases), answers=answers, params=EvaluateParams(metrics=metrics), system="builtin",
-        parts=stored.parts, documents=documents, similarity=load_similarity(), unreadable=stored.unreadable,
-        git=stored.git, system_prompt=rules,
+        parts=stored.parts, documents=documents, previous=documents, places=places, similarity=load_similarity(),
+        unreadable=stored.unreadable, git=stored.git, system_prompt=rules,
     )  # fmt: skip
     return evaluate(inputs)

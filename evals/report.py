@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from goldgate.evals.conditions import name_of
+from goldgate.evals.diagnose import security_lines
 from goldgate.evals.pairs import compare, lost_documents
-from goldgate.pipeline.errors import EnvironmentFailure, one_line
-from goldgate.pipeline.schema import Answer, CaseReport, Condition, Report, Verdict
+from goldgate.pipeline.errors import one_line
+from goldgate.pipeline.schema import Answer, CaseReport, Condition, EvidenceChange, Report, Verdict
+from goldgate.pipeline.store import write_files
 
 if TYPE_CHECKING:
     import jinja2
@@ -32,6 +34,9 @@ MAX_CASES = 200
 MAX_COMMENT_CASES = 20
 MAX_COMMENT = 60_000
 """Characters of a comment; GitHub takes 65 536."""
+
+MAX_GROUPS = 60
+"""Documents with evidence to review in terminal output and in a comment; the HTML page shows all."""
 
 MAX_TEXT = 4_000
 """Characters of one answer or passage on the HTML page."""
@@ -55,7 +60,10 @@ STATUS = {
 def render_text(verdict: Verdict, report: Report | None = None, baseline: Report | None = None) -> str:
     """Render for a terminal, at most 100 columns. The reports add nothing today; they may be left out."""
     del report, baseline
-    blocks = [_headline_text(verdict), _conditions_text(verdict), _cases_text(verdict), _next_text(verdict)]
+    blocks = [
+        _headline_text(verdict), _conditions_text(verdict), _cases_text(verdict), _evidence_text(verdict),
+        _next_text(verdict),
+    ]  # fmt: skip
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -73,19 +81,18 @@ def render_html(verdict: Verdict, report: Report | None = None, baseline: Report
     return _environment().get_template("report.html.j2").render(_view(verdict, report, baseline, MAX_CASES))
 
 
-def write_reports(folder: Path, verdict: Verdict, report: Report | None = None, baseline: Report | None = None) -> None:
-    """Write report.html and report.md beside the verdict. Raises EnvironmentFailure when that is not possible."""
-    pages = {
+def pages(verdict: Verdict, report: Report | None = None, baseline: Report | None = None) -> dict[str, bytes]:
+    """Return report.html and report.md as UTF-8, by name."""
+    texts = {
         "report.html": render_html(verdict, report, baseline),
         "report.md": render_markdown(verdict, report, baseline),
     }
-    for name, text in pages.items():
-        try:
-            (folder / name).write_text(text, encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise EnvironmentFailure(
-                f"{folder / name} cannot be written: {error.strerror}", "a writable folder"
-            ) from error
+    return {name: text.encode("utf-8", errors="replace") for name, text in texts.items()}
+
+
+def write_reports(folder: Path, verdict: Verdict, report: Report | None = None, baseline: Report | None = None) -> None:
+    """Write report.html and report.md beside the verdict. Raises EnvironmentFailure when that is not possible."""
+    write_files(folder, pages(verdict, report, baseline))
 
 
 # ---------------------------------------------------------------- terminal
@@ -95,6 +102,8 @@ def _headline_text(verdict: Verdict) -> str:
     lines = [f"{verdict.verdict or 'NO BASELINE'}  {WORDS[verdict.verdict]}"]
     if verdict.diagnosis is not None:
         lines += _wrapped(verdict.diagnosis.headline)
+    for line in security_lines(verdict):
+        lines += _wrapped(f"security: {line}")
     lines += _wrapped(f"why: {verdict.reason}")
     return "\n".join(lines)
 
@@ -149,6 +158,35 @@ def _cases_text(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
+def _evidence_text(verdict: Verdict) -> str:
+    if not verdict.evidence:
+        return ""
+    groups = review_groups(verdict.evidence)
+    lines = _wrapped(f"evidence to review: {evidence_counts(verdict.evidence)}")
+    for (state, document, note), cases in groups[:MAX_GROUPS]:
+        lines += _wrapped(f"{state}  {document}: {note}: {', '.join(cases)}")
+    if len(groups) > MAX_GROUPS:
+        lines.append(f"  and {len(groups) - MAX_GROUPS} more, in the report")
+    return "\n".join(lines)
+
+
+def evidence_counts(changes: Sequence[EvidenceChange]) -> str:
+    """Say how many pieces of evidence are stale and how many moved."""
+    stale = sum(change.state == "stale" for change in changes)
+    counts = [f"{stale} stale, not scored"] if stale else []
+    moved = len(changes) - stale
+    return "; ".join([*counts, *([f"{moved} moved, scored at the new place"] if moved else [])])
+
+
+def review_groups(changes: Sequence[EvidenceChange]) -> list[tuple[tuple[str, str, str], tuple[str, ...]]]:
+    """Group what has one state, document and note, so that a person opens each document once."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for change in changes:
+        groups.setdefault((change.state, change.document, change.note), []).append(change.case)
+    order = sorted(groups, key=lambda key: (key[0] != "stale", *key))
+    return [(key, tuple(groups[key])) for key in order]
+
+
 def _next_text(verdict: Verdict) -> str:
     lines: list[str] = []
     if verdict.diagnosis is not None:
@@ -162,7 +200,10 @@ def _next_text(verdict: Verdict) -> str:
 
 
 def _wrapped(text: str, lines: int | None = None) -> list[str]:
-    return textwrap.wrap(one_line(text), WIDTH, subsequent_indent="    ", max_lines=lines, placeholder=" ...")
+    return textwrap.wrap(
+        one_line(text), WIDTH, subsequent_indent="    ", max_lines=lines, placeholder=" ...",
+        break_on_hyphens=False,  # a case id is copied whole
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the view
@@ -211,8 +252,12 @@ def _view(verdict: Verdict, report: Report | None, baseline: Report | None, limi
         "meaning": WORDS[verdict.verdict],
         "lines": [Line(c, name_of(c), STATUS[c.status], _bar(c, span)) for c in verdict.conditions],
         "span": span,
+        "leaks": security_lines(verdict),
         "changed": changed[:limit],
         "more": max(len(changed) - limit, 0),
+        "review": review_groups(verdict.evidence),
+        "review_counts": evidence_counts(verdict.evidence),
+        "max_groups": MAX_GROUPS,
         "status": STATUS,
         "report": report,
         "baseline": baseline,

@@ -21,9 +21,9 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -33,6 +33,7 @@ import jsonpath
 from pydantic import Field, JsonValue
 
 from goldgate.pipeline.errors import UsageError
+from goldgate.pipeline.interrupts import map_in_threads
 from goldgate.pipeline.params import load_toml
 from goldgate.pipeline.schema import (
     PUBLIC,
@@ -128,11 +129,9 @@ class HttpSystem:
     def answer_many(self, queries: Sequence[Query], progress: Progress | None = None) -> list[Answer | Failure]:
         """Ask every query, in order; one Answer or Failure each."""
         results: list[Answer | Failure] = []
-        with (
-            httpx.Client(headers=self._headers, timeout=self._file.timeout_s, trust_env=self._uses_proxies()) as client,
-            ThreadPoolExecutor(max_workers=self._file.parallel) as pool,
-        ):
-            for result in pool.map(lambda query: self._answer(client, query), queries):
+        timeout_s, proxies = self._file.timeout_s, self._uses_proxies()
+        with httpx.Client(headers=self._headers, timeout=timeout_s, trust_env=proxies) as client:
+            for result in map_in_threads(partial(self._answer, client), queries, self._file.parallel):
                 results.append(result)
                 if progress:
                     progress("answer", len(results), len(queries))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from goldgate.console import Reporter, note, out
 from goldgate.pipeline.errors import EnvironmentFailure, Refused
-from goldgate.pipeline.schema import Answer, Principal, Query
+from goldgate.pipeline.schema import Answer, Failure, Principal, Query
 from goldgate.pipeline.store import Store
 from goldgate.workspace import Workspace, open_candidate, open_release
 
@@ -63,7 +63,10 @@ def show_stream(pieces: Iterator[str | Answer | object], *, as_json: bool = Fals
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         else:
-            raise EnvironmentFailure(f"no answer: {piece}", "an answer", "run goldgate doctor")
+            if first_ms is not None and not as_json:
+                out("")  # the answer broke off within a line
+            why = f"{piece.message} ({piece.kind})" if isinstance(piece, Failure) else piece
+            raise EnvironmentFailure(f"no answer: {why}", "an answer", "run goldgate doctor")
     if final is None:
         raise EnvironmentFailure("the stream ended before the answer was complete", "a whole answer")
     if as_json:
@@ -80,7 +83,7 @@ def _show_sources(answer: Answer, first_ms: float | None) -> None:
         where = (citation.document, citation.start, citation.end)
         if where not in seen:
             seen.add(where)
-            out(f"  source: {citation.document}, characters {citation.start}-{citation.end}")
+            out(f"  source [{citation.passage}]: {citation.document}, characters {citation.start}-{citation.end}")
     if not answer.citations:
         out("  source: none of the passages supports this answer" if not answer.abstained else "  (refused: no source)")
     first = f"first token after {first_ms:.0f} ms" if first_ms is not None else "no token was generated"

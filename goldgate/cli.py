@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -131,7 +135,7 @@ def read(
 
 def _read_text(summary: Any) -> str:  # noqa: ANN401 - a ReadSummary; the name would load pyarrow at start
     kinds = ", ".join(f"{count} {kind}" for kind, count in summary.by_media_type.items())
-    skipped = f"; {len(summary.unreadable)} skipped as unreadable" if summary.unreadable else ""
+    skipped = "".join(f"\nskipped as unreadable: {one.id}: {one.reason}" for one in summary.unreadable)
     return f"read {summary.documents} documents ({kinds}){skipped}"
 
 
@@ -291,20 +295,12 @@ def gate(
         store_url=store,
         application=application,
     )
-    verdict = gate_step(ws, against)
+    with Reporter() as progress:
+        verdict = gate_step(ws, against, progress)
     out(verdict.model_dump_json(indent=1) if as_json else render_text(verdict))
-    _write_reports(ws, verdict, against)
     if verdict.verdict is None and stage:
         return
     raise typer.Exit(VERDICT_CODES[verdict.verdict])
-
-
-def _write_reports(ws: Workspace, verdict: Verdict, against: Path | None) -> None:
-    from goldgate.evals.report import write_reports
-    from goldgate.workspace import reports_of
-
-    report, baseline = reports_of(ws, verdict, against)
-    write_reports(ws.build, verdict, report, baseline)
 
 
 @app.command()
@@ -367,6 +363,7 @@ def release(
     ws = Workspace(params=params, golden=golden, policy=policy, build=build, store_url=store, application=application)
     made = release_step(ws, bootstrap=bootstrap)
     _emit(made.model_dump(mode="json"), f"release {made.digest}", as_json=as_json)
+    note(f"make it live: goldgate promote {made.digest[:12]}")
 
 
 @app.command()
@@ -516,7 +513,10 @@ def repro(
     arguments: Annotated[list[str] | None, typer.Argument(help="Passed to dvc repro.")] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Run `dvc repro` and end with the exact exit code of the stage that stopped it."""
+    """Run `dvc repro` and end with the exact exit code of the stage that stopped it.
+
+    The pipeline of dvc.yaml reads the documents in knowledge/; for another folder, change it there.
+    """
     code_file = Path("build/.exit-code")
     code_file.parent.mkdir(parents=True, exist_ok=True)
     code_file.unlink(missing_ok=True)
@@ -526,12 +526,39 @@ def repro(
         "GOLDGATE_EXIT_CODE_FILE": str(code_file.resolve()), "DVC_NO_ANALYTICS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "dvc", "repro", *(arguments or [])]
-    done = subprocess.run(command, env=environment, check=False)  # noqa: S603 - our own interpreter
-    if done.returncode == 0:
+    code = _wait_for_stages(command, environment)
+    if code == 0:
         return
     if code_file.is_file():
         raise typer.Exit(int(code_file.read_text(encoding="ascii")))
-    raise Refused(f"dvc repro ended with {done.returncode}", "0", "see its message above")
+    raise Refused(f"dvc repro ended with {code}", "0", "see its message above")
+
+
+def _wait_for_stages(command: list[str], environment: dict[str, str]) -> int:
+    """Run dvc in a process group of its own and pass signals on to it, so that each reaches a stage exactly once.
+
+    A terminal sends Ctrl-C to its whole group, `kill` to one process: either way the stage under way ends in order,
+    dvc after it, and then this process. Raises KeyboardInterrupt after SIGINT.
+    """
+    seen: set[int] = set()
+    with subprocess.Popen(command, env=environment, process_group=0) as dvc:  # noqa: S603 - our own interpreter
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            seen.add(number)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(dvc.pid, number)
+
+        # What is ignored (nohup) stays ignored.
+        passed = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        before = {number: signal.signal(number, pass_on) for number in passed}
+        try:
+            code = dvc.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if signal.SIGINT in seen:
+        raise KeyboardInterrupt
+    return code
 
 
 @app.command()
@@ -541,7 +568,7 @@ def demo(
     ] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Run the main job on copies of the handbook: build, release, serve, and judge three proposals."""
+    """Run the main job on copies of the handbook: build, release, serve, and judge five proposals."""
     from goldgate.demo import run_demo
 
     with Reporter() as progress:
@@ -554,31 +581,57 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; every expected error is one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    show_traceback = "--traceback" in given
-    try:
-        result = app(args=given, standalone_mode=False, prog_name="goldgate")
-        code = int(result) if isinstance(result, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        code = ExitCode.INTERRUPTED
-    except SystemExit as error:
-        # typer turns Ctrl-C into this, whatever the mode.
-        code = error.code if isinstance(error.code, int) else ExitCode.BUG
-    except typer.TyperException as error:
-        _explain_usage(error)
-        code = ExitCode.USAGE
-    except GoldgateError as error:
-        _explain(error, show_traceback=show_traceback)
-        code = error.exit_code
-    except BrokenPipeError:
-        # The reader of stdout went away (`goldgate log | head`): not an error, and nothing more can be written.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a bug is told as one line, with its own code
-        code = _explain_unexpected(error, show_traceback=show_traceback)
+    with _interruptions() as interruptions:
+        try:
+            result = app(args=given, standalone_mode=False, prog_name="goldgate")
+            code = int(result) if isinstance(result, int) else 0
+        except (KeyboardInterrupt, typer.Abort):
+            code = ExitCode.INTERRUPTED
+        except SystemExit as error:
+            # typer turns Ctrl-C into this, whatever the mode.
+            code = error.code if isinstance(error.code, int) else ExitCode.BUG
+        except Exception as error:  # noqa: BLE001 - the last line of defence: a bug is one line, with its own code
+            # Inside an import or a library's callback, Ctrl-C comes out as any other error.
+            interrupted = bool(interruptions)
+            code = ExitCode.INTERRUPTED if interrupted else _failed(error, show_traceback="--traceback" in given)
     if code == ExitCode.INTERRUPTED:
         note("goldgate: interrupted; what was finished is kept")
     _leave_exit_code(int(code))
     return int(code)
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Remember each SIGINT besides raising KeyboardInterrupt. Whoever handles it otherwise, or ignores it, is left."""
+    seen: list[int] = []
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _failed(error: Exception, *, show_traceback: bool) -> ExitCode:
+    if isinstance(error, typer.TyperException):
+        _explain_usage(error)
+        return ExitCode.USAGE
+    if isinstance(error, GoldgateError):
+        _explain(error, show_traceback=show_traceback)
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        # The reader of stdout went away (`goldgate log | head`): not an error, and nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.PASS
+    return _explain_unexpected(error, show_traceback=show_traceback)
 
 
 def _explain_unexpected(error: Exception, *, show_traceback: bool) -> ExitCode:

@@ -1,4 +1,4 @@
-"""handbook -> build, first release, deployment, and three proposals judged against it. Works on copies only."""
+"""handbook -> build, first release, deployment, and five proposals judged against it. Works on copies only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ from goldgate.workspace import (
     promote_step,
     read_step,
     release_step,
-    reports_of,
     with_files,
 )  # fmt: skip
 
@@ -74,6 +73,27 @@ def _one_passage(folder: Path) -> None:
     params.write_text("\n".join(changed) + "\n", encoding="utf-8")
 
 
+def _no_grounding(folder: Path) -> None:
+    """Somebody wants livelier answers."""
+    page = folder / "serving" / "prompts" / "grounded.toml"
+    lines = page.read_text(encoding="utf-8").splitlines()
+    changed = [_LIVELIER.get(line.split(" = ")[0], line) for line in lines]
+    page.write_text("\n".join(changed) + "\n", encoding="utf-8")
+
+
+_LIVELIER = {
+    "system": 'system = "You are a witty expert. Always give an answer, in your own words."',
+    "passage": 'passage = "{text}"',
+}
+
+
+def _base_model(folder: Path) -> None:
+    """Somebody thinks that the adapter is not needed."""
+    params = folder / "params.toml"
+    text = params.read_text(encoding="utf-8")
+    params.write_text(text.replace("smollm2-135m-grounded.toml", "smollm2-135m.toml"), encoding="utf-8")
+
+
 def _add_duration(folder: Path) -> None:
     """Somebody answers a question that users ask."""
     page = folder / "knowledge" / "tutorials" / "first-run.md"
@@ -85,7 +105,9 @@ def _add_duration(folder: Path) -> None:
 PROPOSALS = (
     Proposal("harmful-document", "a page loses the table that answers its questions", _drop_exit_codes),
     Proposal("harmful-retrieval", "top_k = 1: only one passage is given to the model", _one_passage),
+    Proposal("harmful-prompt", "the rule to answer from the passages makes way for wit", _no_grounding),
     Proposal("good-document", "a page gains the answer to a question that users ask", _add_duration),
+    Proposal("base-model", "the model without its grounding adapter", _base_model),
 )
 
 
@@ -100,10 +122,10 @@ def run_demo(keep: Path | None, progress: Reporter) -> None:
     ws = with_files(Workspace(store_url=str(folder / "store")), folder / "production")
     _copy_files(Path.cwd(), folder / "production")
     _title(1, "build the handbook")
-    generator = _build_first(ws, progress)
-    try:
+    with _Engine(progress) as engine:
+        _build(ws, progress)
         _title(2, "answer the gold questions, measure, and make the first release (there is no production yet)")
-        live = _first_release(ws, generator, progress)
+        live = _first_release(ws, engine, progress)
         _title(3, "serve it on Ray Serve and vLLM, and ask")
         with _served(folder, progress) as url:
             for question in (*QUESTIONS, NEW_FACT_QUESTION):
@@ -111,11 +133,9 @@ def run_demo(keep: Path | None, progress: Reporter) -> None:
             verdicts = {}
             for number, proposal in enumerate(PROPOSALS, 4):
                 _title(number, f"proposal {proposal.name}: {proposal.story}")
-                verdicts[proposal.name] = _judge(ws, folder, proposal, generator, progress)
-            _title(7, "promote what passed, while it is served")
+                verdicts[proposal.name] = _judge(ws, folder, proposal, engine, progress)
+            _title(4 + len(PROPOSALS), "promote what passed, while it is served")
             promoted = _promote_passed(folder, verdicts, url, progress)
-    finally:
-        generator.close()
     _summary(folder, live, promoted, verdicts, time.monotonic() - started)
 
 
@@ -141,14 +161,33 @@ def _copy_files(source: Path, target: Path) -> None:
     (target / "baseline.json").write_text('{"release": null, "dtype": null}\n', encoding="utf-8")
 
 
-def _build_first(ws: Workspace, progress: Reporter) -> Generator:
-    from goldgate.serving.generate import load_generator
+class _Engine:
+    """The model that answers: loaded once, and again only when a proposal brings another one."""
 
-    _build(ws, progress)
-    model = model_step(ws, progress)
-    out(f"model {model.digest[:12]}: {model.spec.name}")
-    progress("loading the model into vLLM", 0, 0)
-    return load_generator(model, ws.load_params().answer)
+    def __init__(self, progress: Reporter) -> None:
+        self._progress = progress
+        self._loaded: tuple[str, Generator] | None = None
+
+    def __enter__(self) -> _Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._loaded is not None:
+            self._loaded[1].close()
+        self._loaded = None
+
+    def of(self, ws: Workspace) -> Generator:
+        """Return the generator for the model of `ws`."""
+        from goldgate.serving.generate import load_generator
+
+        model = model_step(ws, self._progress)
+        if self._loaded is not None and self._loaded[0] == model.digest:
+            return self._loaded[1]
+        self.__exit__()  # one at a time: each takes a gigabyte for its cache
+        out(f"model {model.digest[:12]}: {model.spec.name}")
+        self._progress("loading the model into vLLM", 0, 0)
+        self._loaded = (model.digest, load_generator(model, ws.load_params().answer))
+        return self._loaded[1]
 
 
 def _build(ws: Workspace, progress: Reporter) -> None:
@@ -161,22 +200,18 @@ def _build(ws: Workspace, progress: Reporter) -> None:
     )
 
 
-def _evaluate(ws: Workspace, generator: Generator, progress: Reporter) -> Verdict:
-    from goldgate.evals.report import write_reports
-
-    answers = answer_step(ws, progress, generator)
+def _evaluate(ws: Workspace, engine: _Engine, progress: Reporter) -> Verdict:
+    answers = answer_step(ws, progress, engine.of(ws))
     reused = sum(answer.reused for answer in answers)
     out(f"{len(answers)} gold questions: {len(answers) - reused} answered, {reused} unchanged")
     evaluate_step(ws, progress)
-    verdict = gate_step(ws)
-    write_reports(ws.build, verdict, *reports_of(ws, verdict))
-    return verdict
+    return gate_step(ws, None, progress)
 
 
-def _first_release(ws: Workspace, generator: Generator, progress: Reporter) -> str:
+def _first_release(ws: Workspace, engine: _Engine, progress: Reporter) -> str:
     from goldgate.evals.report import render_text
 
-    verdict = _evaluate(ws, generator, progress)
+    verdict = _evaluate(ws, engine, progress)
     out(render_text(verdict))
     release = release_step(ws, bootstrap=True)
     promote_step(ws, release.digest, "demo: first release")
@@ -184,7 +219,7 @@ def _first_release(ws: Workspace, generator: Generator, progress: Reporter) -> s
     return release.digest
 
 
-def _judge(ws: Workspace, folder: Path, proposal: Proposal, generator: Generator, progress: Reporter) -> Verdict:
+def _judge(ws: Workspace, folder: Path, proposal: Proposal, engine: _Engine, progress: Reporter) -> Verdict:
     from goldgate.evals.report import render_text
 
     place = folder / "proposals" / proposal.name
@@ -193,7 +228,7 @@ def _judge(ws: Workspace, folder: Path, proposal: Proposal, generator: Generator
     proposal.change(place)
     candidate = with_files(Workspace(store_url=str(folder / "store")), place)
     _build(candidate, progress)
-    verdict = _evaluate(candidate, generator, progress)
+    verdict = _evaluate(candidate, engine, progress)
     out(render_text(verdict))
     return verdict
 
@@ -279,7 +314,7 @@ def _title(number: int, text: str) -> None:
 
 
 def _summary(folder: Path, first: str, promoted: str | None, verdicts: dict[str, Verdict], seconds: float) -> None:
-    _title(8, "what happened")
+    _title(5 + len(PROPOSALS), "what happened")
     for proposal in PROPOSALS:
         out(f"{proposal.name:18} {verdicts[proposal.name].verdict or 'no verdict':13} {proposal.story}")
     out(f"first release      {first[:12]}")

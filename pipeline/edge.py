@@ -1,9 +1,12 @@
-"""generation -> Qdrant Edge shard: built once in a process of its own, opened as a private copy.
+"""generation -> Qdrant Edge shard: built once in a process of its own (`shard.py`), opened as a private copy.
 
 Facts of qdrant-edge-py 0.9.0 that shape this module (each tried out):
 
 * A shard has one open handle, and opening rewrites `edge_config.json`: every process opens its own copy.
-* Building can die with the process (a full disk under a memory map is a SIGBUS): it happens in a child.
+* The engine flushes some four hundred times while it builds a shard of any size, two seconds on a slow disk: a shard of
+  moderate size is built in memory and then copied to the disk, where each file is flushed once.
+* In an optimised segment the score of a point does not depend on the points before it. Every shard is optimised, and so
+  one that grew out of an earlier shard ranks bit by bit as one built from scratch.
 * Segment names are random and most files are sparse (hundreds of MB of holes around a few MB of data): the shard is
   derived data outside any identity, it is copied without its holes, and its digests count only data.
 * Calls hold the GIL (a spinning thread got 2 % of its speed during a query), so threads do not speed up queries;
@@ -14,7 +17,9 @@ Facts of qdrant-edge-py 0.9.0 that shape this module (each tried out):
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -24,10 +29,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import qdrant_edge as edge
@@ -49,13 +55,19 @@ from goldgate.pipeline.collection import (
 )
 from goldgate.pipeline.errors import EnvironmentFailure
 from goldgate.pipeline.schema import Generation
+from goldgate.pipeline.shard import Job, PlainPoint
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever this module stores points differently; a collection of another layout is built again."""
 
 MARKER, SHARD, MANIFEST = "collection.json", "shard", "manifest.json"
 _BLOCK = 1 << 16
 _SCROLL = 1000
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory; folders in it get random names
+_MOST_MEMORY = 512 << 20  # bytes, by the estimate below
+_POINT_BYTES, _SHARD_BYTES = 8192, 32 << 20  # an upper estimate of a point without vector, and of an empty shard
+_PREFIX, _LEFT_S = "goldgate-shard-", 86_400
 
 
 class DamagedCollection(EnvironmentFailure):
@@ -107,30 +119,127 @@ class Bm25:
 # ---------------------------------------------------------------- build
 
 
-def build_shard(generation: Path, out: Path, progress: Progress | None = None) -> None:
-    """Fill the empty folder `out` from a generation's folder, in a child process.
+class Difference(NamedTuple):
+    """What makes the collection of one generation out of an earlier one's."""
 
-    Raises EnvironmentFailure with the child's last words, and with the usual cause when a signal ended it.
+    base: str
+    """Folder of the earlier collection. Where it turns out to be damaged, the new one is built from scratch."""
+    delete: list[str]
+    """Ids of the points that are gone."""
+    upsert: list[int]
+    """Rows of the new chunks.parquet that are not in the earlier collection, or not as they are now; ascending."""
+
+
+def build_shard(
+    generation: Path, out: Path, progress: Progress | None = None, difference: Difference | None = None
+) -> None:
+    """Fill the empty folder `out` from a generation's folder, in a child process (`shard.py`).
+
+    With a `difference`, the earlier collection that it names is copied and changed; points and rankings are the same
+    either way. Raises EnvironmentFailure with the child's last words, and with the usual cause when a signal ended it.
     """
+    manifest = Generation.model_validate_json((generation / MANIFEST).read_bytes())
+    place = _workplace(manifest, out)
+    try:
+        if difference is not None and _grow(place / "grown", manifest, generation, difference, progress):
+            _copy_out(place / "grown", out, manifest, Path(difference.base).name)
+        else:
+            _fill(place / "scratch", manifest, generation, progress)
+            _copy_out(place / "scratch", out, manifest, "")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _fill(folder: Path, manifest: Generation, generation: Path, progress: Progress | None) -> None:
+    """Make a shard of all points of a generation."""
+    folder.mkdir()
+    job = _job(folder, manifest, None)
+    found = _run(job, read_points(generation, Bm25()), manifest.chunks, progress)
+    if found != manifest.chunks:
+        raise EnvironmentFailure(f"the new collection holds {found} points", f"{manifest.chunks}", "try again")
+
+
+def _grow(
+    folder: Path, manifest: Generation, generation: Path, difference: Difference, progress: Progress | None
+) -> bool:
+    """Make a shard out of an earlier one; says whether that worked. It may have been damaged, or be gone by now."""
+    try:
+        folder.mkdir()
+        _verified(Path(difference.base), folder)
+        points = read_points(generation, Bm25(), difference.upsert)
+        found = _run(_job(folder, manifest, difference), points, len(difference.upsert), progress)
+    except (EnvironmentFailure, OSError):  # without it everything is loaded, and what is wrong otherwise comes up again
+        return False
+    return found == manifest.chunks
+
+
+def _job(folder: Path, manifest: Generation, difference: Difference | None) -> Job:
+    return Job(
+        folder=str(folder.absolute()),
+        grown=difference is not None,
+        dense=DENSE,
+        sparse=BM25,
+        dimension=manifest.dimension,
+        hnsw=manifest.hnsw_params,
+        indexed=list(INDEXED),
+        delete=[] if difference is None else difference.delete,
+        vacuum=difference is not None and not difference.upsert,
+    )
+
+
+def _run(job: Job, batches: Iterable[Sequence[Point]], total: int, progress: Progress | None) -> int:
+    """Feed the child; returns how many points are in its shard. Raises EnvironmentFailure when it fails."""
     root = str(Path(goldgate.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-m", "goldgate.pipeline.edge", str(generation.absolute()), str(out.absolute())]
+    command = [sys.executable, "-m", "goldgate.pipeline.shard"]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child,  # noqa: S603 - own module, no shell
+        subprocess.Popen(  # noqa: S603 - own module, no shell
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as child,
     ):
         try:
-            for line in child.stdout or ():
-                done, total = map(int, line.split())
-                if progress is not None:
-                    progress("index", done, total)
+            if child.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):  # it died: why is known below
+                    _feed(child.stdin, job, batches, total, progress)
+            found, _ = child.communicate()
         except BaseException:
             child.kill()
             raise
-        code = child.wait()
-        if code != 0:
+        if child.returncode != 0:
             errors.seek(0)
-            raise _build_failure(code, errors.read())
+            raise _build_failure(child.returncode, errors.read())
+        return int(found)
+
+
+def _feed(pipe: IO[str], job: Job, batches: Iterable[Sequence[Point]], total: int, progress: Progress | None) -> None:
+    done = 0
+    pipe.write(json.dumps(job) + "\n")
+    for points in batches:
+        pipe.write(json.dumps([_plain(point) for point in points]) + "\n")
+        done += len(points)
+        if progress is not None:
+            progress("index", done, total)
+    pipe.write("null\n")
+    pipe.flush()
+
+
+def _plain(point: Point) -> PlainPoint:
+    dense = base64.b64encode(point.dense.astype(np.float32).tobytes()).decode("ascii")
+    return point.id, dense, list(point.bm25.indices), list(point.bm25.values), point.payload
+
+
+def _workplace(generation: Generation, out: Path) -> Path:
+    """Make a folder to build in: in memory where the shard takes little of it, else on the disk of `out`."""
+    need = generation.chunks * (_POINT_BYTES + 8 * generation.dimension) + _SHARD_BYTES
+    prefix = f"{_PREFIX}{os.getpid()}-"
+    with contextlib.suppress(OSError):  # no such file system here
+        for left in MEMORY.glob(f"{_PREFIX}*"):  # by a build whose two processes were both killed
+            if time.time() - left.stat().st_mtime > _LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
+        if need <= _MOST_MEMORY and shutil.disk_usage(MEMORY).free > 2 * need:
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=MEMORY))
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
 
 
 def _build_failure(code: int, errors: str) -> EnvironmentFailure:
@@ -146,57 +255,13 @@ def _build_failure(code: int, errors: str) -> EnvironmentFailure:
     return EnvironmentFailure(f"the collection could not be built: {last[0]}", "", "nothing was published; try again")
 
 
-def _build(folder: Path, out: Path) -> None:
-    """Write `out/shard` and the marker. Runs in the child; reports `done total` lines on stdout."""
-    generation = Generation.model_validate_json((folder / MANIFEST).read_bytes())
-    shard = _create(out / SHARD, generation)
-    parent, done = os.getppid(), 0
-    for points in read_points(folder, Bm25()):
-        shard.update(edge.UpdateOperation.upsert_points([_edge_point(point) for point in points]))
-        done += len(points)
-        sys.stdout.write(f"{done} {generation.chunks}\n")
-        sys.stdout.flush()
-        if os.getppid() != parent:  # killed parent: nobody will publish this
-            raise SystemExit("the parent process is gone")
-    shard.optimize()
-    shard.flush()
-    shard.close()
-    _write_marker(out, generation)
-
-
-def _create(folder: Path, generation: Generation) -> Any:  # noqa: ANN401 - the engine publishes no types
-    folder.mkdir()
-    hnsw = generation.hnsw_params
-    config = edge.EdgeConfig(
-        vectors={DENSE: edge.EdgeVectorParams(size=generation.dimension, distance=edge.Distance.Dot)},
-        sparse_vectors={BM25: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)},
-        # m = 0 builds no graph: search is exact then.
-        hnsw_config=edge.HnswIndexConfig(
-            m=hnsw.get("m", 0), ef_construct=hnsw.get("ef_construct", 8), full_scan_threshold=1000
-        ),
-        optimizers=edge.EdgeOptimizersConfig(default_segment_number=1),
-        wal_enabled=False,
-    )
-    shard = edge.EdgeShard.create(str(folder), config)
-    for field in INDEXED:  # before the points, so that the graph gets links within each tenant
-        index = edge.KeywordIndexParams(is_tenant=field == "tenant")
-        shard.update(edge.UpdateOperation.create_field_index(field, index))
-    return shard
-
-
-def _edge_point(point: Point) -> Any:  # noqa: ANN401 - the engine publishes no types
-    vectors = {DENSE: point.dense.tolist(), BM25: edge.SparseVector(list(point.bm25[0]), list(point.bm25[1]))}
-    return edge.Point(point.id, vectors, point.payload)
-
-
-def _write_marker(out: Path, generation: Generation) -> None:
-    shard = edge.EdgeShard.load(str(out / SHARD))  # reads back what was written
-    found = shard.count(edge.CountRequest(exact=True))
-    shard.close()
-    if found != generation.chunks:
-        raise SystemExit(f"the collection holds {found} points instead of {generation.chunks}")
-    files = {name: _copy_data(out / SHARD / name, None) for name in _files(out / SHARD)}
-    marker = {"layout": LAYOUT, "engine": _engine(), "points": found, "files": files}
+def _copy_out(folder: Path, out: Path, generation: Generation, base: str) -> None:
+    """Copy a complete shard to `out` and add its marker. `base` names the collection that it grew out of, if any."""
+    files = {}
+    for name in _files(folder):
+        (out / SHARD / name).parent.mkdir(parents=True, exist_ok=True)
+        files[name] = _copy_data(folder / name, out / SHARD / name)
+    marker = {"layout": LAYOUT, "engine": _engine(), "points": generation.chunks, "base": base, "files": files}
     (out / MARKER).write_text(json.dumps(marker, sort_keys=True, indent=1), encoding="utf-8")
 
 
@@ -205,6 +270,15 @@ def _engine() -> str:
 
 
 # ---------------------------------------------------------------- open
+
+
+def can_grow(folder: Path) -> bool:
+    """Whether another shard may be made out of the one in `folder`, as far as its marker tells."""
+    try:
+        _marker(folder)
+    except DamagedCollection:
+        return False
+    return True
 
 
 def check_shard(folder: Path) -> None:
@@ -238,14 +312,7 @@ def open_shard(folder: Path, generation: Generation) -> EdgeEngine:
 
 def _verified(folder: Path, copy: Path | None) -> int:
     """Compare every file with the marker's digest, copying on the way; returns the number of points."""
-    try:
-        marker = json.loads((folder / MARKER).read_bytes())
-        files, points = dict(marker["files"]), int(marker["points"])
-        origin = (marker["layout"], marker["engine"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DamagedCollection(f"the collection {folder} is damaged: no valid {MARKER}") from None
-    if origin != (LAYOUT, _engine()):
-        raise DamagedCollection(f"the collection {folder} was built by another version")
+    files, points = _marker(folder)
     if sorted(files) != _files(folder / SHARD):
         raise DamagedCollection(f"the collection {folder} is damaged: files are missing or were added")
     for name, digest in files.items():
@@ -254,6 +321,19 @@ def _verified(folder: Path, copy: Path | None) -> int:
         if _copy_data(folder / SHARD / name, None if copy is None else copy / name) != digest:
             raise DamagedCollection(f"the collection {folder} is damaged: {name} has other bytes")
     return points
+
+
+def _marker(folder: Path) -> tuple[dict[str, str], int]:
+    """The digests of a shard's files, and the number of its points. Raises DamagedCollection."""
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+        files, points = dict(marker["files"]), int(marker["points"])
+        origin = (marker["layout"], marker["engine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DamagedCollection(f"the collection {folder} is damaged: no valid {MARKER}") from None
+    if origin != (LAYOUT, _engine()):
+        raise DamagedCollection(f"the collection {folder} was built by another version")
+    return files, points
 
 
 def _files(folder: Path) -> list[str]:
@@ -365,6 +445,7 @@ def _engine_errors() -> Iterator[None]:
         raise EnvironmentFailure(f"Qdrant Edge failed: {error}", "", "open the collection again") from error
 
 
+@functools.lru_cache(maxsize=1024)  # both rankings of a query share one, and so do queries of the same principal
 def _filter(visible: Visible) -> Any:  # noqa: ANN401 - the engine publishes no types
     return edge.Filter(
         must=[
@@ -379,7 +460,3 @@ def _sparse(vector: Any) -> Sparse:  # noqa: ANN401 - the engine publishes no ty
         return Sparse((), ())
     pairs = sorted(zip(vector.indices, vector.values, strict=True))
     return Sparse(tuple(index for index, _ in pairs), tuple(value for _, value in pairs))
-
-
-if __name__ == "__main__":
-    _build(Path(sys.argv[1]), Path(sys.argv[2]))

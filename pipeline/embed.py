@@ -1,7 +1,8 @@
 """documents -> chunks.parquet, embeddings.parquet: chunk, embed what is new, write both in one fixed order.
 
 Chunking and embedding are one stage because they are one Ray Data stream (`stream.py`); vectors that exist already
-come from the embedding store (`vectors.py`). The same documents and parameters give the same bytes, whatever was built
+come from the embedding store (`vectors.py`), and chunks of documents that did not change from an earlier generation
+(`reuse.py`). The same documents and parameters give the same bytes, whatever was built
 before.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +22,17 @@ from goldgate.pipeline.embedder import Embedder, load_embedder
 from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.params import ChunkParams, EmbedParams
 from goldgate.pipeline.parquet import write_embeddings, write_table
+from goldgate.pipeline.reuse import ChunkedBefore
 from goldgate.pipeline.schema import Document, Record
 from goldgate.pipeline.store import Store, json_bytes, replace_files
-from goldgate.pipeline.stream import Work, chunk_schema, local_pieces, ray_pieces
+from goldgate.pipeline.stream import (
+    CHARACTERS_PER_BLOCK,
+    Work,
+    local_pieces,
+    ray_is_there,
+    ray_pieces,
+    with_keys,
+)
 from goldgate.pipeline.vectors import Progress, VectorStore
 
 CHUNKS_FILE = "chunks.parquet"
@@ -74,19 +83,35 @@ def embed(
         )
     with store.lock("build"):
         vectors = VectorStore(store, embedder.digest, embedder.dimension, report)
-        before = frozenset(vectors.keys)
-        work = Work(ordered, chunk, embed, embedder, before)
-        chunks, embedded = _run(work, vectors, engine, report)
+        before = ChunkedBefore(store, chunk, embedder.digest, ordered)
+        known, rest = _known(before, ordered, embedder, vectors.keys)
+        work = Work(rest, chunk, embed, embedder, frozenset(vectors.keys))
+        chunks, embedded = _run(work, known, vectors, engine, report)
         keys = chunks.column("key").to_pylist()
         counts = _counts(len(ordered), embedder, keys, embedded)
         _write(out, chunks.drop_columns(["key"]), vectors, keys, counts)
+        before.remember(out / CHUNKS_FILE)
     return counts
 
 
-def _run(work: Work, vectors: VectorStore, engine: str, report: Progress) -> tuple[pa.Table, int]:
+def _known(
+    before: ChunkedBefore, documents: Sequence[Document], embedder: Embedder, have: Collection[str]
+) -> tuple[pa.Table, list[Document]]:
+    """Chunks of the documents that did not change and whose texts all have vectors; and the other documents."""
+    chunks = with_keys(before.chunks, embedder.digest)
+    keys = zip(chunks.column("document").to_pylist(), chunks.column("key").to_pylist(), strict=True)
+    known = before.documents - {document for document, key in keys if key not in have}
+    kept = pc.is_in(chunks.column("document"), value_set=pa.array(sorted(known), pa.string()))
+    return chunks.filter(kept), [document for document in documents if document.id not in known]
+
+
+def _run(work: Work, known: pa.Table, vectors: VectorStore, engine: str, report: Progress) -> tuple[pa.Table, int]:
     """Drain the engine's stream; returns all chunks in order, with their keys, and how many texts were embedded."""
-    pieces = ray_pieces(work, report) if engine == "ray" else local_pieces(work, report)
-    tables, embedded = [chunk_schema().empty_table()], 0
+    # One block is one task and one call of an actor: beside what is known already it is not worth starting a Ray.
+    few = known.num_rows > 0 and sum(len(document.text) for document in work.documents) <= CHARACTERS_PER_BLOCK
+    here = engine == "local" or not work.documents or (few and not ray_is_there())
+    pieces = local_pieces(work, report) if here else ray_pieces(work, report)
+    tables, embedded = [known], 0
     with contextlib.closing(pieces):  # Ctrl-C and errors end Ray before they travel on
         for piece in pieces:
             tables.append(piece.chunks)

@@ -2,18 +2,21 @@
 
 A generation is three Parquet files and a manifest, named by what they hold; it is the artifact. The collection is
 derived from it: a Qdrant Edge shard in the store, or a collection on the Qdrant server that QDRANT_URL names. It may be
-deleted and is built again when it is absent or damaged. Both steps end in a rename, so that running again after an
-interruption, or twice, gives the same digest and builds nothing twice.
+deleted and is built again when it is absent or damaged. A shard grows out of the nearest earlier one where there is
+one, and equals one built from scratch. Both steps end in a rename, so that running again after an interruption, or
+twice, gives the same digest and builds nothing twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,10 +30,20 @@ from goldgate.pipeline.collection import (
     RankedCollection,
     read_vectors,
 )
-from goldgate.pipeline.edge import MANIFEST, Bm25, DamagedCollection, build_shard, check_shard, open_shard
-from goldgate.pipeline.errors import EnvironmentFailure, Refused, UsageError
+from goldgate.pipeline.difference import find_difference
+from goldgate.pipeline.edge import (
+    MANIFEST,
+    Bm25,
+    DamagedCollection,
+    Difference,
+    build_shard,
+    can_grow,
+    check_shard,
+    open_shard,
+)
+from goldgate.pipeline.errors import EnvironmentFailure, GoldgateError, Refused, UsageError
 from goldgate.pipeline.params import IndexParams, parse_record
-from goldgate.pipeline.parquet import read_records, read_table
+from goldgate.pipeline.parquet import arrow_schema, read_records, read_schema, read_table
 from goldgate.pipeline.schema import FORMAT_VERSION, Chunk, Document, Generation, Unreadable
 from goldgate.pipeline.store import Store, digest_file, digest_json, json_bytes, replace_files
 
@@ -43,6 +56,7 @@ _PARQUETS = (DOCUMENTS, CHUNKS, EMBEDDINGS)
 _EMBED_RECORD = "embed.json"
 _GENERATION_RECORD = "generation.json"
 _WAIT_S = 900.0  # for another process that builds the same collection
+_MOST_COMPARED = 16  # earlier collections, the newest ones
 
 
 def index(
@@ -59,9 +73,19 @@ def index(
     """
     generation = _describe(build, params, unreadable)
     store.publish("generations", generation.digest, lambda folder: _copy_generation(build, generation, folder))
-    open_collection(generation.digest, store, progress).close()
+    prepare_collection(generation, store, progress)
     replace_files(build, [_GENERATION_RECORD], lambda out: _write(out / _GENERATION_RECORD, generation))
     return generation
+
+
+def prepare_collection(generation: Generation, store: Store, progress: Progress | None = None) -> None:
+    """Build the collection of a generation where it is absent or damaged. Raises as `open_collection` does."""
+    if os.environ.get(SERVER_VARIABLE):
+        open_collection(generation.digest, store, progress).close()
+        return
+    _verified_folder(generation, store)
+    if not _ensure_shard(generation, store, progress):
+        _repair_shard(generation, store, progress)
 
 
 def open_collection(generation_digest: str, store: Store, progress: Progress | None = None) -> Collection:
@@ -82,8 +106,7 @@ def open_collection(generation_digest: str, store: Store, progress: Progress | N
     try:
         engine = open_shard(store.path("collections", generation.digest), generation)
     except DamagedCollection:
-        _remove_damaged_shard(generation, store)
-        _ensure_shard(generation, store, progress)
+        _repair_shard(generation, store, progress)
         engine = open_shard(store.path("collections", generation.digest), generation)
     return RankedCollection(engine, terms)
 
@@ -128,7 +151,7 @@ def _describe(build: Path, params: IndexParams, unreadable: Sequence[Unreadable]
     """Check that the files of `build` belong together and return their manifest."""
     files = {name: _digest_input(build / name) for name in _PARQUETS}
     embedder = _read_embed_record(build / _EMBED_RECORD)
-    documents = {document.id: document for document in read_records(build / DOCUMENTS, Document)}
+    documents = _read_outlines(build / DOCUMENTS)
     chunks = read_records(build / CHUNKS, Chunk)
     _check_chunks(build, chunks, documents)
     _check_vectors(build / EMBEDDINGS, chunks, int(embedder["dimension"]))
@@ -175,7 +198,28 @@ def _read_embed_record(path: Path) -> dict[str, str]:
         raise UsageError(f"{path} is damaged: {error!r}", "what goldgate embed writes", "run goldgate embed") from None
 
 
-def _check_chunks(build: Path, chunks: Sequence[Chunk], documents: Mapping[str, Document]) -> None:
+class _Outline(NamedTuple):
+    """What a manifest and its chunks have to do with a document."""
+
+    tenant: str
+    access: tuple[str, ...]
+    characters: int
+    media_type: str
+    parser: str
+
+
+def _read_outlines(path: Path) -> dict[str, _Outline]:
+    """Read the outline of every document, by id. The blocks, which are most of the work, are left alone."""
+    schema = read_schema(path)
+    if not schema.equals(arrow_schema(Document)):
+        raise UsageError(f"{path} holds other records", "Document records", "run goldgate read")
+    table = read_table(path, ["id", "tenant", "access", "text", "media_type", "parser"])
+    ids, tenants, access, texts, media_types, parsers = (column.to_pylist() for column in table.columns)
+    outlines = map(_Outline, tenants, map(tuple, access), map(len, texts), media_types, parsers)
+    return dict(zip(ids, outlines, strict=True))
+
+
+def _check_chunks(build: Path, chunks: Sequence[Chunk], documents: Mapping[str, _Outline]) -> None:
     """Refuse chunks of other documents: who may see a passage is decided by what is written in it."""
     if not chunks:
         raise UsageError(f"{build / CHUNKS} holds no chunks", "at least one", "give documents with text")
@@ -186,7 +230,7 @@ def _check_chunks(build: Path, chunks: Sequence[Chunk], documents: Mapping[str, 
             problem = "its document is absent"
         elif (chunk.tenant, chunk.access) != (document.tenant, document.access):
             problem = "tenant or access labels differ from its document's"
-        elif chunk.end > len(document.text):
+        elif chunk.end > document.characters:
             problem = "its span is outside the document"
         elif chunk.id in seen:
             problem = "its id occurs twice"
@@ -218,7 +262,7 @@ def _check_vectors(path: Path, chunks: Sequence[Chunk], dimension: int) -> None:
         )
 
 
-def _parsers(documents: Iterable[Document]) -> dict[str, str]:
+def _parsers(documents: Iterable[_Outline]) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for document in documents:
         found.setdefault(document.media_type, set()).add(document.parser)
@@ -270,16 +314,39 @@ def _check_bytes(path: Path, generation: Generation) -> None:
 # ---------------------------------------------------------------- the collection in the store
 
 
-def _ensure_shard(generation: Generation, store: Store, progress: Progress | None) -> None:
+def _ensure_shard(generation: Generation, store: Store, progress: Progress | None) -> bool:
+    """Build the shard where there is none; says whether that was done."""
     digest = generation.digest
     if store.has("collections", digest):
-        return
-    with store.lock(f"collection-{digest[:12]}", wait_s=_WAIT_S):  # a second builder finds it published
-        source = store.path("generations", digest)
-        store.publish("collections", digest, lambda out: build_shard(source, out, progress))
+        return False
+    with store.lock(f"collection-{digest[:12]}", wait_s=_WAIT_S):
+        if store.has("collections", digest):  # a second builder finds it published
+            return False
+        source, difference = store.path("generations", digest), _difference(generation, store)
+        store.publish("collections", digest, lambda out: build_shard(source, out, progress, difference))
+    return True
 
 
-def _remove_damaged_shard(generation: Generation, store: Store) -> None:
+def _difference(generation: Generation, store: Store) -> Difference | None:
+    """How the collection differs from the nearest one in the store, if one is near enough."""
+    try:
+        entries = [(entry.stat().st_mtime_ns, entry) for entry in store.path("collections").iterdir()]
+        newest = [entry.name for _, entry in sorted(entries, reverse=True) if can_grow(entry)]
+        return find_difference(generation, _earlier(newest, store), store)
+    except (OSError, GoldgateError):  # none yet, or removed meanwhile: it is built from scratch
+        return None
+
+
+def _earlier(digests: Sequence[str], store: Store) -> list[Generation]:
+    earlier = []
+    for digest in digests[:_MOST_COMPARED]:
+        with contextlib.suppress(GoldgateError):  # its generation was removed, or is damaged
+            earlier.append(load_generation(digest, store))
+    return earlier
+
+
+def _repair_shard(generation: Generation, store: Store, progress: Progress | None) -> None:
+    """Build the shard again where the one in the store is damaged."""
     folder = store.path("collections", generation.digest)
     with store.lock(f"collection-{generation.digest[:12]}", wait_s=_WAIT_S):
         if folder.is_dir():
@@ -288,3 +355,4 @@ def _remove_damaged_shard(generation: Generation, store: Store) -> None:
             except DamagedCollection:
                 with store.temporary() as trash:
                     folder.rename(trash / "damaged")
+    _ensure_shard(generation, store, progress)

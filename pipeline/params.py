@@ -42,8 +42,8 @@ class EmbedParams(Record):
 
     model: str = Field("all-MiniLM-L6-v2", description="all-MiniLM-L6-v2, a folder, or hashing (the test double).")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    batch_rows: int = Field(32, ge=1, description="Rows of every batch; the last one is filled with dummy rows.")
-    bucket_tokens: int = Field(32, ge=8, description="Texts are padded to a multiple of this.")
+    batch_rows: int = Field(8, ge=1, description="Rows of every batch; the last one is filled with dummy rows.")
+    bucket_tokens: int = Field(16, ge=8, description="Texts are padded to a multiple of this.")
     query_prefix: str = Field("", description="Put before a query, never before a passage.")
     actors: int = Field(1, ge=1, description="Embedding actors.")
 

@@ -6,6 +6,7 @@ pyarrow's defaults may change between versions; nothing in a file tells when or 
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -33,10 +34,13 @@ def write_records(path: Path, records: Iterable[R], record: type[R]) -> int:
     return write_batches(path, (batch for table in groups for batch in table.to_batches()), schema)
 
 
-def read_records(path: Path, record: type[R]) -> list[R]:
-    """Read the records of `path`. Raises UsageError when it is absent, damaged or holds other records."""
+def read_records(path: Path, record: type[R], rows: Sequence[int] | None = None) -> list[R]:
+    """Read the records of `path`, or of some rows. Raises UsageError when it is absent, damaged or holds others."""
     try:
-        return from_table(read_table(path), record)
+        table = read_table(path)
+        if rows is not None:  # not by `take`: an Arrow array of Python numbers makes pyarrow import pandas, a second
+            table = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])
+        return from_table(table, record)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -55,12 +59,24 @@ def from_table(table: pa.Table, record: type[R]) -> list[R]:
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file. Raises UsageError when it is absent, damaged or lacks one of `columns`."""
+    with _opened(path) as file:
+        missing = sorted(set(columns or ()) - set(file.schema_arrow.names))
+        if missing:
+            raise UsageError(f"{path} has no column {', '.join(missing)}", "", "build it again")
+        return file.read(columns=None if columns is None else list(columns))
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """Read the Arrow schema of a Parquet file. Raises UsageError when it is absent or damaged."""
+    with _opened(path) as file:
+        return file.schema_arrow
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path, memory_map=False) as file:
-            missing = sorted(set(columns or ()) - set(file.schema_arrow.names))
-            if missing:
-                raise UsageError(f"{path} has no column {', '.join(missing)}", "", "build it again")
-            return file.read(columns=None if columns is None else list(columns))
+            yield file
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist", "a Parquet file", "run the step that writes it") from None
     except (pa.ArrowException, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 
 from goldgate.pipeline.schema import Block, BlockKind
@@ -71,8 +72,9 @@ class BlockList:
             self.blocks.append(Block(kind=kind, start=start, end=span[1], level=level, title=title))
 
 
+@cache
 def parser_identity(*packages: str) -> str:
-    """`name version` of each package, as installed."""
+    """`name version` of each package, as installed when it was first asked for: looking it up reads files."""
     return ", ".join(f"{name} {version(name)}" for name in packages)
 
 

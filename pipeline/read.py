@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from goldgate.pipeline.errors import UnreadableDocument, UsageError, one_line
 from goldgate.pipeline.metadata import SIDECAR_SUFFIX, Metadata, MetadataError, merge, read_metadata, split_front_matter
@@ -21,15 +22,29 @@ _MOST_NAMED = 3
 _NO_EXTENSION = "none"
 
 
+class Before(Protocol):
+    """Documents of earlier builds (`reuse.ReadBefore`)."""
+
+    def look(self, ids: Iterable[str]) -> None:
+        """Prepare for these ids."""
+
+    def get(self, identity: str, digest: str) -> tuple[Document, tuple[str, ...]] | None:
+        """The document with that id as it was made from the bytes of that digest, with what there was to tell of it."""
+
+    def keep(self, document: Document, notes: tuple[str, ...]) -> None:
+        """Take note of a document that was read now."""
+
+
 def read_documents(
-    source: str, params: ReadParams, progress: Progress | None = None
+    source: str, params: ReadParams, progress: Progress | None = None, before: Before | None = None
 ) -> tuple[list[Document], list[Unreadable]]:
     """Read every document below `source`, a folder or an fsspec URL such as `s3://bucket/prefix`, in order of id.
 
     Hidden files and sidecars (`<name>.meta.yaml`) are not documents; files of unknown extension are ignored, and how
-    many is reported through `progress(what, done, total)`. Raises UnreadableDocument, whose attribute `unreadable`
-    names all of them, unless `params.skip_unreadable`; UsageError when no document is left or the source is not there;
-    EnvironmentFailure when the file system fails.
+    many is reported through `progress(what, done, total)`. A document that `before` has from the same bytes is not
+    parsed again. Raises UnreadableDocument, whose attribute `unreadable` names all of them, unless
+    `params.skip_unreadable`; UsageError when no document is left or the source is not there; EnvironmentFailure when
+    the file system fails.
     """
     include, exclude = Selection(params.include, "[read] include"), Selection(params.exclude, "[read] exclude")
     opened = open_source(source, params.max_bytes, exclude)
@@ -38,7 +53,7 @@ def read_documents(
     plan = _plan(selected, listing, params.max_bytes)
     if progress and plan.ignored:
         progress(f"ignored {_count(plan.ignored)}", plan.ignored.total(), plan.ignored.total())
-    documents, unreadable = _read_all(opened, plan, params.max_bytes, progress)
+    documents, unreadable = _read_all(opened, plan, params.max_bytes, progress, before)
     unreadable.sort(key=lambda each: each.id)
     if unreadable and not params.skip_unreadable:
         raise _unreadable_error(unreadable)
@@ -84,8 +99,10 @@ def _plan(selected: Sequence[SourceFile], listing: Listing, max_bytes: int) -> _
 
 
 def _read_all(
-    source: Source, plan: _Plan, max_bytes: int, progress: Progress | None
+    source: Source, plan: _Plan, max_bytes: int, progress: Progress | None, before: Before | None
 ) -> tuple[list[Document], list[Unreadable]]:
+    if before:
+        before.look(file.id for file in plan.documents)
     wanted = [plan.sidecars[file.id] for file in plan.documents if file.id in plan.sidecars]
     sidecars = {file.id.removesuffix(SIDECAR_SUFFIX): data for file, data in _read_sidecars(source, wanted)}
     documents: list[Document] = []
@@ -93,7 +110,7 @@ def _read_all(
     total = len(plan.documents)
     for done, (file, data) in enumerate(source.read(plan.documents), 1):
         try:
-            document, notes = _document(file, data, sidecars.get(file.id), max_bytes)
+            document, notes = _known_or_new(file, data, sidecars.get(file.id), max_bytes, before)
             documents.append(document)
         except (UnparsableError, MetadataError) as error:
             unreadable.append(Unreadable(id=file.id, reason=one_line(str(error))[:300]))
@@ -111,12 +128,23 @@ def _read_sidecars(source: Source, files: Sequence[SourceFile]) -> Iterator[tupl
     yield from source.read(sound)
 
 
-def _document(
-    file: SourceFile, data: bytes | str, sidecar: bytes | str | None, max_bytes: int
+def _known_or_new(
+    file: SourceFile, data: bytes | str, sidecar: bytes | str | None, max_bytes: int, before: Before | None
 ) -> tuple[Document, tuple[str, ...]]:
-    """Make one document. Raises UnparsableError or MetadataError with the reason."""
+    """The document as it was read before, or made now. Raises UnparsableError or MetadataError with the reason."""
     if isinstance(data, str):
         raise UnparsableError(data)
+    known = before.get(file.id, _digest(data, sidecar)) if before and not isinstance(sidecar, str) else None
+    document, notes = known or _document(file, data, sidecar, max_bytes)
+    if before:
+        before.keep(document, notes)
+    return document, notes
+
+
+def _document(
+    file: SourceFile, data: bytes, sidecar: bytes | str | None, max_bytes: int
+) -> tuple[Document, tuple[str, ...]]:
+    """Make one document. Raises UnparsableError or MetadataError with the reason."""
     outer = _sidecar_metadata(sidecar)
     media_type = media_type_of(file.id) or ""
     parsed = parse(data, media_type, outer.charset or "", max_bytes)

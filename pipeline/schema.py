@@ -219,6 +219,9 @@ class Evidence(Record):
     start: int | None = Field(None, ge=0)
     end: int | None = Field(None, ge=0)
     heading: str | None = Field(None, min_length=1, description="Heading whose section is the evidence.")
+    or_document: bool = Field(
+        False, description="The whole document is evidence too: it is used, as moved, when text and heading are gone."
+    )
 
     @model_validator(mode="after")
     def _one_anchor(self) -> Evidence:
@@ -436,6 +439,15 @@ class CaseChange(Record):
     candidate: float
 
 
+class EvidenceChange(Record):
+    """A piece of evidence that a person should look at: its text changed, or it is not there any more."""
+
+    case: str
+    document: str = Field(description="Where it lies now, or where it lay.")
+    state: Literal["moved", "stale"]
+    note: str = ""
+
+
 class Diagnosis(Record):
     """Which part is to blame, and why it is thought so."""
 
@@ -480,6 +492,9 @@ class Verdict(Record):
     acceptance: str | None = None
     reason: str = ""
     diagnosis: Diagnosis | None = None
+    evidence: tuple[EvidenceChange, ...] = Field(
+        (), description="Evidence to review: stale, which is not scored, and moved, which is scored at its new place."
+    )
     changed_cases: dict[str, str] = Field({}, description="Gold case id -> added, removed or changed since production.")
     skipped_documents: tuple[Unreadable, ...] = ()
     digests: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """content -> address: one local folder of immutable artifacts named by their SHA-256, and the locks around it.
 
-    format.json   embeddings/   generations/   collections/   models/   answers/   releases/   apps/   tmp/   locks/
+    format.json   made/   embeddings/   generations/   collections/   models/   answers/   releases/   apps/   tmp/
+    locks/
 
 A write goes to a temporary name in `tmp/`, is flushed to the disk and then renamed, so that a crash leaves garbage in
 `tmp/` and never half an artifact. What the disk refuses (full, read-only, not permitted) is an EnvironmentFailure.
@@ -17,7 +18,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ DEFAULT_STORE = ".goldgate"
 STORE_VARIABLE = "GOLDGATE_STORE"
 
 _FORMAT_FILE = "format.json"
+_SYNC_THREADS = 16
 _OWN_BEFORE_FORMAT = {"tmp", "locks"}  # what a crash during creation can leave beside a missing format.json
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {
@@ -222,8 +225,24 @@ def replace_files(folder: Path, names: Sequence[str], fill: Callable[[Path], Non
     For outputs outside the store. Raises EnvironmentFailure when the disk is full or read-only; whatever is raised
     before the first move leaves `folder` as it was.
     """
-    folder = folder.absolute()
-    with _disk(folder, "the folder"):
+    _replace(folder.absolute(), names, fill, "the folder")
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put `files` (name -> content) into `folder`, outside the store, each whole or not at all, in their order.
+
+    Raises as `replace_files` does.
+    """
+
+    def fill(partial: Path) -> None:
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+
+    _replace(folder.absolute(), list(files), fill, f"{', '.join(files)} in")
+
+
+def _replace(folder: Path, names: Sequence[str], fill: Callable[[Path], None], what: str) -> None:
+    with _disk(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
             partial = Path(name)
@@ -235,11 +254,14 @@ def replace_files(folder: Path, names: Sequence[str], fill: Callable[[Path], Non
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder`, and the folder itself, to the disk."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _sync(Path(parent) / name)
-        _sync(Path(parent))
+    """Flush every file and folder below `folder`, and the folder itself, to the disk.
+
+    Several at a time: a journalling file system then writes its journal once for many of them.
+    """
+    walked = [(Path(parent), names) for parent, _, names in os.walk(folder, topdown=False)]
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:
+        for paths in ([parent / name for parent, names in walked for name in names], [parent for parent, _ in walked]):
+            list((pool.map if len(paths) > _SYNC_THREADS else map)(_sync, paths))
 
 
 def _sync(path: Path) -> None:

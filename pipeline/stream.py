@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import goldgate
 from goldgate.pipeline.chunk import chunk_document
 from goldgate.pipeline.embedder import Embedder, embedding_key, load_embedder, use_threads
 from goldgate.pipeline.errors import EnvironmentFailure, GoldgateError
+from goldgate.pipeline.interrupts import undisturbed
 from goldgate.pipeline.params import ChunkParams, EmbedParams
 from goldgate.pipeline.parquet import arrow_schema, from_table, to_table
 from goldgate.pipeline.schema import Chunk, Document
@@ -93,8 +95,13 @@ def _chunk_table(
     documents: Sequence[Document], tokenizer: Tokenizer, params: ChunkParams, max_tokens: int, embedder: str
 ) -> pa.Table:
     chunks = [chunk for document in documents for chunk in chunk_document(document, tokenizer, params, max_tokens)]
-    keys = pa.array([embedding_key(embedder, chunk.text) for chunk in chunks], pa.string())
-    return to_table(chunks, Chunk).append_column(chunk_schema().field("key"), keys)
+    return with_keys(to_table(chunks, Chunk), embedder)
+
+
+def with_keys(chunks: pa.Table, embedder: str) -> pa.Table:
+    """A table of chunks with the embedding key of each text for the embedder of that digest, in column `key`."""
+    keys = [embedding_key(embedder, text) for text in chunks.column("text").to_pylist()]
+    return chunks.append_column(chunk_schema().field("key"), pa.array(keys, pa.string()))
 
 
 def _blocks(documents: Sequence[Document]) -> list[list[Document]]:
@@ -237,6 +244,11 @@ class EmbedActor:
         return table.append_column("vector", pa.array(column, pa.binary()))
 
 
+def ray_is_there() -> bool:
+    """Whether this process has a Ray already, or is told of one: then it is used, however little there is to do."""
+    return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and bool(sys.modules["ray"].is_initialized()))
+
+
 @contextlib.contextmanager
 def ray_session(actors: int) -> Iterator[None]:
     """A Ray that this process has already, or the one at $RAY_ADDRESS, or a local one; what starts here ends here."""
@@ -245,17 +257,30 @@ def ray_session(actors: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    where: dict[str, object] = {"address": os.environ.get("RAY_ADDRESS")}
+    where: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
     if not where["address"]:
         # One logical CPU more than the actors take: without it the chunking tasks would never be scheduled.
         cpus = max(os.cpu_count() or 1, actors + 1)
         where = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
         with _environment(), _muted("ray", logging.ERROR), _without_native_output():
-            ray.init(**where, log_to_driver=False, configure_logging=False)
+            _start_ray(where)
         yield
     finally:
-        ray.shutdown()
+        with undisturbed():
+            ray.shutdown()
+
+
+def _start_ray(where: dict[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(**where, log_to_driver=False, configure_logging=False)
+    except Exception as error:  # it raises anything, a bare Exception when the machine is too busy to start in time
+        raise EnvironmentFailure(
+            f"Ray does not start: {_last_line(error)}", "free memory, free cores and a writable /tmp",
+            "run goldgate doctor, then try again, or use --engine local",
+        ) from error  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from goldgate.pipeline.errors import EnvironmentFailure, UsageError
+from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.params import AnswerParams, EmbedParams, RetrieveParams
 from goldgate.pipeline.schema import (
     FORMAT_VERSION,
@@ -35,7 +34,7 @@ from goldgate.pipeline.schema import (
     Usage,
 )
 from goldgate.pipeline.schema import Generation as BuiltCollection
-from goldgate.pipeline.store import Store, digest_json, json_bytes
+from goldgate.pipeline.store import Store, digest_json, json_bytes, write_files
 from goldgate.serving.abstain import detect_abstention
 from goldgate.serving.cite import cite
 from goldgate.serving.generate import Generation, Generator, Renderer, load_generator
@@ -430,24 +429,8 @@ def _write_answers(
         lines.append(json.dumps(stable.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n")
     record = {"format_version": FORMAT_VERSION, "reused": sum(a.reused for a in answers), "cases": timings}
     record["shared_prefix_share"] = prefix_share
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(out, "".join(lines).encode("utf-8", errors="backslashreplace"))
-    _replace_file(out.parent / "timings.json", json_bytes(record))
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    """Write beside `path`, flush, rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise EnvironmentFailure(f"{path} cannot be written: {error.strerror}", "a folder with free space") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = "".join(lines).encode("utf-8", errors="backslashreplace")
+    write_files(out.parent, {"timings.json": json_bytes(record), out.name: text})
 
 
 def _report(progress: Progress | None, what: str, done: int, total: int) -> None:

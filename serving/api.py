@@ -3,7 +3,8 @@
     POST /v1/answers            {question, history?, principal?, stream?} -> answer, citations, passages, release, ...
     POST /v1/chat/completions   OpenAI-compatible, streaming or not; answers from the knowledge base
     GET  /v1/models             the application as one model
-    GET  /healthz               503 with a reason until a warm-up answer was generated, then 200 with the release
+    GET  /healthz               503 with a reason until a warm-up answer was generated, then 200 with the release;
+                                503 again while the engine does not answer
 
 * The release decides prompt and sampling. A system message is refused (400); sampling fields are ignored and named in
   `goldgate.ignored`.
@@ -48,8 +49,8 @@ LABELS_HEADER = "X-Goldgate-Labels"
 class Health(Record):
     """What /healthz says."""
 
-    status: Literal["ok", "starting"]
-    reason: str = Field("", description="Why it is not ready yet; empty when it is.")
+    status: Literal["ok", "starting", "failing"]
+    reason: str = Field("", description="Why it is not ready yet, or no more; empty when it is.")
     application: str
     release: str = ""
     knowledge_base: str = ""
@@ -190,8 +191,15 @@ class ApiError(Exception):
 # ---------------------------------------------------------------- the application
 
 
-def build_api(serving: Serving) -> FastAPI:
-    """Return the ASGI application. It holds no state of its own: `serving` decides what answers."""
+async def _no_trouble() -> str:
+    return ""
+
+
+def build_api(serving: Serving, trouble: Callable[[], Awaitable[str]] = _no_trouble) -> FastAPI:
+    """Return the ASGI application. It holds no state of its own: `serving` decides what answers.
+
+    `trouble` says what is wrong with the engine behind it; empty: nothing. /healthz asks it every time.
+    """
     # No documentation pages: they load scripts from a third party. The schema itself is at /openapi.json.
     app = FastAPI(title="goldgate", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit)
@@ -200,6 +208,8 @@ def build_api(serving: Serving) -> FastAPI:
     @app.get("/healthz")
     async def healthz() -> Response:
         health = serving.health()
+        if health.status == "ok" and (reason := await trouble()):
+            health = health.model_copy(update={"status": "failing", "reason": reason})
         body = health.model_dump(exclude_defaults=True)
         if health.status == "ok":
             return JSONResponse(body, headers={RELEASE_HEADER: health.release})

@@ -24,6 +24,7 @@ from typing import Any, Self
 import httpx
 
 from goldgate.pipeline.errors import EnvironmentFailure, Refused, UsageError
+from goldgate.pipeline.interrupts import undisturbed
 from goldgate.pipeline.params import Params, load_params
 from goldgate.pipeline.schema import Release
 from goldgate.pipeline.store import Store
@@ -258,7 +259,7 @@ class _Cluster:
         from ray import serve
 
         # Ray tells the driver about its own shutdown as if it were a failure, on stdout.
-        with _undisturbed(), contextlib.redirect_stdout(io.StringIO()):
+        with undisturbed(), contextlib.redirect_stdout(io.StringIO()):
             with contextlib.suppress(Exception):
                 # Deleting the application lets requests under way end; shutting Serve down would cut them off.
                 if self._deployed:
@@ -339,16 +340,6 @@ def _stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C during the shutdown must not leave processes behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with _stop_signals():
-        yield
 
 
 def _report(progress: Progress | None, what: str, done: int) -> None:

@@ -6,10 +6,10 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from goldgate.pipeline.errors import UsageError
+from goldgate.pipeline.interrupts import map_in_threads
 from goldgate.pipeline.params import AnswerParams
 from goldgate.pipeline.schema import Failure
 from goldgate.serving.model import Model
@@ -42,8 +42,7 @@ class OpenAIGenerator(PlainRenderer):
 
     def generate(self, batch: Sequence[Messages]) -> list[Generation | Failure]:
         """Return one result for each prompt, in order; `self.batch` requests are under way at a time."""
-        with ThreadPoolExecutor(max_workers=self.batch) as pool:
-            return list(pool.map(self._ask, batch))
+        return list(map_in_threads(self._ask, batch, self.batch))
 
     def stream(self, messages: Messages) -> Iterator[str | Generation | Failure]:
         """Yield pieces of text, then the Generation or Failure."""

@@ -75,6 +75,11 @@ class EngineServer(LLMServer):  # type: ignore[misc]
                 if piece is not None:
                     yield piece
 
+    async def alive(self, probe: EnginePrompt) -> None:
+        """Return when the engine is alive, else raise. `probe` is for the router, which looks for a prompt to route."""
+        del probe
+        await self.check_health()
+
 
 def engine_deployment(model: Model, batch: int) -> Application:
     """Return the deployment of `model`, named by its digest, with the gate's engine settings.

@@ -74,7 +74,8 @@ def generator(session_store: Store) -> Iterator[Generator]:
     from goldgate.serving.generate import load_generator
     from goldgate.serving.model import build_model, load_model_spec
 
-    model = build_model(load_model_spec(ROOT / "serving" / "models" / "smollm2-135m.toml"), session_store, None)
+    path = ROOT / "serving" / "models" / "smollm2-135m-grounded.toml"
+    model = build_model(load_model_spec(path), session_store, None)
     loaded = load_generator(model, AnswerParams())
     yield loaded
     loaded.close()

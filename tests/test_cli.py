@@ -121,12 +121,58 @@ def test_a_bug_has_its_own_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "bug: ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_ctrl_c_that_comes_out_as_another_error_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A library under way may turn it into an error of its own."""
+
+    def examine(store: Path) -> object:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("the module could not be initialised") from None
+        return []
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr("goldgate.doctor.examine", examine)
+        assert main(["doctor"]) == ExitCode.INTERRUPTED
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "goldgate: interrupted; what was finished is kept\n"
+
+
 def test_doctor_says_what_is_here(tmp_path: Path) -> None:
     done = run("doctor", "--json", cwd=tmp_path)
     assert done.returncode == 0
     found = {finding["what"]: finding for finding in json.loads(done.stdout)}
     assert {"processor", "memory", "AVX-512", "AMX", "GPU", "vLLM", "free disk", "core packages"} <= set(found)
     assert found["core packages"]["ok"] is True
+
+
+def test_doctor_says_in_words_which_debian_packages_of_the_tests_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    assert main(["doctor", "--store", str(tmp_path / "store")]) == 0
+    absent = capsys.readouterr().out
+    for name in ("chromium", "redis-server"):
+        assert f"{name}: not found, only tests need it (GOLDGATE_APT=1 installs it); for " in absent
+        (programs / name).touch(mode=0o755)
+    assert main(["doctor", "--store", str(tmp_path / "store")]) == 0
+    present = capsys.readouterr().out
+    assert "chromium: found; for the tests that look at the HTML report" in present
+    assert "redis-server: found; for tests of a cache in Redis" in present
+
+
+def test_the_installer_knows_the_packages_that_doctor_knows() -> None:
+    from goldgate.doctor import PACKAGES_OF_TESTS
+
+    script = (ROOT / "scripts" / "install").read_text(encoding="utf-8")
+    assert [name for name in PACKAGES_OF_TESTS if f"missing+=({name})" not in script] == []
 
 
 def test_a_store_from_a_newer_format_is_left_alone(tmp_path: Path) -> None:

@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this repository's pipeline over a small knowledge base, with the shipped doubles."""
-    folder = tmp_path_factory.mktemp("dvc") / "project"
+    return write_dvc_project(tmp_path_factory.mktemp("dvc") / "project")
+
+
+def write_dvc_project(folder: Path) -> Path:
+    """Write that copy."""
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("pipeline", "serving", "evals"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)

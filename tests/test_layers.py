@@ -24,7 +24,7 @@ HEAVY_HOMES = {
     "transformers": {"pipeline/embedder.py", "serving/model.py", "serving/generate.py", "serving/training/train.py"},
     "deepeval": {"evals/metrics.py", "evals/llm_judge.py"},
     "qdrant_client": {"pipeline/server.py"},
-    "qdrant_edge": {"pipeline/edge.py"},
+    "qdrant_edge": {"pipeline/edge.py", "pipeline/shard.py"},
 }
 
 

@@ -71,10 +71,8 @@ margin = 0.1
 """
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with knowledge, gold set, policy and parameters; the working directory."""
-    folder = tmp_path / "project"
+def write_project(folder: Path) -> Path:
+    """Write a repository with knowledge, gold set, policy and parameters."""
     knowledge = folder / "knowledge"
     knowledge.mkdir(parents=True)
     for number, town in enumerate(TOWNS):
@@ -88,10 +86,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '[embed]\nmodel = "hashing"\n[model]\nfile = "serving/models/extractive.toml"\n', encoding="utf-8"
     )
     (folder / "baseline.json").write_text('{"release": null, "dtype": null}\n', encoding="utf-8")
+    return folder
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in `folder`, with the shipped doubles."""
     monkeypatch.chdir(folder)
     monkeypatch.delenv("GOLDGATE_STORE", raising=False)
     monkeypatch.setattr(evaluate, "JUDGE_EMBEDDING", EmbedParams(model="hashing"))
     return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with knowledge, gold set, policy and parameters; the working directory."""
+    return enter(write_project(tmp_path / "project"), monkeypatch)
 
 
 def measure() -> int:
@@ -186,7 +195,9 @@ def _loosen(project: Path) -> None:
 
 def _reword(project: Path) -> None:
     path = project / "serving" / "prompts" / "grounded.toml"
-    path.write_text(path.read_text(encoding="utf-8").replace("helpful", "hopeful"), encoding="utf-8")
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("numbered passages", "passages with numbers"), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") != before
 
 
 def _other_gold(project: Path) -> None:

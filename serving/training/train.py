@@ -265,7 +265,7 @@ def main(
     data: Annotated[Path, typer.Option(help="The shared data: xquad, clapnq, bipia.")] = Path("../shared/data"),
     out: Annotated[Path, typer.Option(help="Checkpoints and the adapter, outside Git.")] = Path("build/training"),
     base: Annotated[Path, typer.Option(help="Model file of the base.")] = Path("serving/models/smollm2-135m.toml"),
-    prompt: Annotated[Path, typer.Option(help="Prompt file to train with.")] = Path("serving/prompts/sentence.toml"),
+    prompt: Annotated[Path, typer.Option(help="Prompt file to train with.")] = Path("serving/prompts/grounded.toml"),
     steps: Annotated[int, typer.Option(help="Optimiser steps; the rate falls to its end over them.")] = 260,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,

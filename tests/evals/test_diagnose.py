@@ -188,6 +188,69 @@ def test_the_majority_is_named_and_the_rest_counted() -> None:
     assert any(line.startswith("evidence lost from retrieval: doc-00.md (3)") for line in diagnosis.evidence)
 
 
+LEAK = {"leaks": 0.0}
+HIT = "text that must never be shown came out, in leaks: case-004"
+
+
+def with_a_leak(lost: list[int], *, leaking: tuple[int, ...] = (4,), better: int = 0) -> tuple[Report, Report]:
+    """A retrieval setting that loses the evidence of `lost`, and answers in which a canary came out."""
+
+    def change(i: int) -> dict[str, object] | None:
+        if i in leaking:
+            return {"key": "new", "scores": LEAK}
+        if i in lost:
+            return {"key": "new", "retrieved": "other.md", "scores": GONE}
+        return {"key": "new"} if 60 <= i < 60 + better else None
+
+    old = candidate(lambda i: {"scores": WRONG} if 60 <= i < 60 + better else None)
+    return candidate(change, **parts(retrieval="b")), old
+
+
+def test_one_leak_does_not_hide_what_lost_many_cases() -> None:
+    lost = [i for i in ANSWERABLE if i != 4]
+    diagnosis = told(*with_a_leak(lost))
+    alone = told(*with_a_leak(lost, leaking=()))
+    assert (diagnosis.part, alone.part) == ("retrieval", "retrieval")
+    assert "because of retrieval: evidence in doc-00.md is no longer retrieved" in diagnosis.headline
+    assert diagnosis.evidence == (HIT, *alone.evidence)
+    assert diagnosis.do_next.startswith("do not release; find out how this text reached the answer; besides, ")
+    assert diagnosis.do_next.endswith(alone.do_next)
+
+
+@pytest.mark.parametrize(
+    ("lost", "leaking", "better"),
+    [
+        ([0], (4,), 0),  # as many leaks as losses
+        ([0, 1, 2], (4, 6, 7, 8), 0),  # more leaks than losses
+        ([0, 1], (4,), 6),  # without the leak nobody would speak of two losses among eight changes
+    ],
+)
+def test_security_is_named_where_it_explains_the_verdict(
+    lost: list[int], leaking: tuple[int, ...], better: int
+) -> None:
+    diagnosis = told(*with_a_leak(lost, leaking=leaking, better=better))
+    assert diagnosis.part == "security"
+    assert diagnosis.headline.startswith(HIT)
+    assert f"{len(lost)} worse for another reason: retrieval" in diagnosis.evidence
+    assert diagnosis.do_next == "do not release; find out how this text reached the answer"
+
+
+def test_a_leak_alone_is_security_whatever_changed() -> None:
+    for part in ("retrieval", "prompt", "model", "knowledge_base"):
+        diagnosis = told(candidate(touch([4], scores=LEAK), **parts(**{part: "b"})))
+        assert (diagnosis.part, diagnosis.headline) == ("security", HIT)
+        assert f"changed: {part}" in diagnosis.evidence
+
+
+def test_an_application_over_http_is_never_told_to_make_a_release() -> None:
+    same, nothing = report(production().cases, system="http"), None
+    for old in (same, nothing):
+        verdict = decide(same, old, POLICY, baseline_release="r" if old else None)
+        assert verdict.diagnosis is not None
+        assert "goldgate release" not in verdict.diagnosis.do_next
+        assert "goldgate gate --against" in verdict.diagnosis.do_next
+
+
 def test_passages_are_optional() -> None:
     """A foreign application tells no passages."""
 

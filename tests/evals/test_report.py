@@ -21,7 +21,7 @@ from goldgate.evals.report import (
     write_reports,
 )
 from goldgate.pipeline.errors import EnvironmentFailure
-from goldgate.pipeline.schema import Failure, Report, Unreadable, Verdict
+from goldgate.pipeline.schema import EvidenceChange, Failure, Report, Unreadable, Verdict
 from tests.evals.reports import POLICY, candidate, production, touch
 from tests.evals.test_gate import GREEN, RED
 
@@ -64,6 +64,33 @@ def harmful() -> tuple[Verdict, Report, Report]:
     new = candidate(touch(range(12), retrieved="other.md", scores={"correctness": 0.0, "evidence_recall": 0.0}))
     new = new.model_copy(update={"parts": new.parts | {"retrieval": "b"}})
     return decide(new, production(), POLICY, baseline_release="r" * 64), new, production()
+
+
+def reviewed(*changes: EvidenceChange) -> Verdict:
+    return harmful()[0].model_copy(update={"evidence": changes})
+
+
+def test_evidence_to_review_is_named_by_document_in_all_three() -> None:
+    note = "the text under this heading changed"
+    moved = [EvidenceChange(case=f"case-{i}", document="a.md", state="moved", note=note) for i in range(3)]
+    gone = EvidenceChange(case="case-9", document="b.md", state="stale", note="no longer there")
+    verdict = reviewed(gone, *moved)
+    text = render_text(verdict)
+    assert "evidence to review: 1 stale, not scored; 3 moved, scored at the new place" in text
+    assert "stale  b.md: no longer there: case-9" in text
+    assert f"moved  a.md: {note}: case-0, case-1, case-2" in text
+    html = " ".join(Page(render_html(verdict)).words)
+    markdown = render_markdown(verdict)
+    assert all(word in html and word in markdown for word in ("case-0", "case-1", "case-2", "case-9", "a.md", note))
+    assert "evidence to review" not in render_text(reviewed()).lower()
+
+
+def test_the_text_of_evidence_to_review_is_only_text() -> None:
+    verdict = reviewed(EvidenceChange(case="c", document=HOSTILE, state="stale", note=HOSTILE))
+    assert not {"script", "img"} & set(Page(render_html(verdict)).tags)
+    html = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(render_markdown(verdict))
+    assert not {"script", "img", "a"} & set(Page(html).tags)
+    assert "\x1b" not in render_text(verdict)
 
 
 def test_html_escapes_everything() -> None:
@@ -170,6 +197,27 @@ def test_without_reports_and_without_baseline() -> None:
     assert render_html(harmful()[0])
 
 
+def test_a_leak_has_its_own_line_beside_a_headline_about_another_part() -> None:
+    def change(i: int) -> dict[str, object] | None:
+        lost = {"key": "new", "retrieved": "other.md", "scores": {"correctness": 0.0, "evidence_recall": 0.0}}
+        return {"key": "new", "scores": {"leaks": 0.0}} if i == 20 else lost if i < 12 else None
+
+    new = candidate(change)
+    new = new.model_copy(update={"parts": new.parts | {"retrieval": "b"}})
+    verdict = decide(new, production(), POLICY, baseline_release="r" * 64)
+    line = "text that must never be shown came out, in leaks: case-020"
+    text, markdown, page = (
+        render(verdict, new, production()) for render in (render_text, render_markdown, render_html)
+    )
+    assert f"\nsecurity: {line}\n" in text
+    assert f"\n**Security:** {line}\n" in markdown
+    assert markdown.index(line) < markdown.index("<details>")
+    assert f'<strong class="broken">Security:</strong> {line}</p>' in page
+    assert page.index("because of retrieval") < page.index(line) < page.index("<h2>")
+    for render in (render_text, render_markdown, render_html):
+        assert "ecurity:" not in render(*harmful())
+
+
 def test_the_same_input_gives_the_same_bytes() -> None:
     for render in (render_text, render_markdown, render_html):
         assert render(*harmful()) == render(*harmful())
@@ -179,8 +227,9 @@ def test_files_are_written(tmp_path: Path) -> None:
     write_reports(tmp_path, *harmful())
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (tmp_path / "report.md").read_text(encoding="utf-8").startswith("### FAIL")
-    with pytest.raises(EnvironmentFailure, match=r"report\.html cannot be written"):
-        write_reports(tmp_path / "absent", *harmful())
+    (tmp_path / "a file").touch()
+    with pytest.raises(EnvironmentFailure, match=r"report\.html, report\.md in .*a file cannot be written"):
+        write_reports(tmp_path / "a file", *harmful())
 
 
 @pytest.mark.parametrize(

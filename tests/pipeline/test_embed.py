@@ -225,6 +225,19 @@ def test_ctrl_c_or_kill_in_the_middle_leaves_the_store_as_good_as_before(
 # ---------------------------------------------------------------- over Ray Data
 
 
+def test_a_ray_that_does_not_start_is_one_line(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nThe GCS is overloaded.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(EnvironmentFailure, match=r"^Ray does not start: The GCS is overloaded\.; expected free memory"):
+        build(documents(), store, tmp_path / "out", engine="ray")
+    assert {path.name for path in store.root.rglob("*") if path.is_file()} <= {"format.json", "build.lock"}
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def ray_session() -> None:
     """One Ray for the tests below."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import itertools
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from goldgate.pipeline import edge as edge_module
+from goldgate.pipeline import embed as embed_module
 from goldgate.pipeline import index as index_module
+from goldgate.pipeline import shard
+from goldgate.pipeline import stream as stream_module
+from goldgate.pipeline.chunk import chunk_document
+from goldgate.pipeline.collection import Point
 from goldgate.pipeline.embed import CHUNKS_FILE, COUNTS_FILE, EMBEDDINGS_FILE, EmbedCounts, embed
 from goldgate.pipeline.embedder import load_embedder
 from goldgate.pipeline.index import index, open_collection
@@ -22,13 +28,16 @@ from goldgate.pipeline.params import ChunkParams, EmbedParams, IndexParams, Retr
 from goldgate.pipeline.parquet import read_records, write_records
 from goldgate.pipeline.schema import Chunk, Document, Passage, Principal
 from goldgate.pipeline.store import Store
-from goldgate.pipeline.stream import ray_session
+from goldgate.pipeline.stream import Piece, Work, ray_session
 from tests.pipeline.corpus import document
 
 CHUNK = ChunkParams(max_tokens=24, overlap_tokens=6)
 NAMES = [f"{folder}{letter}.md" for folder in ("", "deep/") for letter in "abcd"]
-QUERIES = ["What may a gate never pass?", "how to roll back a release", "Fact 7", "Sprache"]
-PRINCIPALS = [Principal()] * len(QUERIES)
+QUERIES = ["What may a gate never pass?", "how to roll back a release", "Fact 7", "Sprache", "operators and facts"] * 2
+PRINCIPALS = [Principal()] * 5 + [Principal(labels=("ops",))] * 5
+FOR_OPERATORS = "This document is for operators only."
+"""A document with this paragraph gets an access label: its other chunks keep their ids and change what is stored."""
+
 PARAGRAPHS = [
     "# The gate\n\nThe gate compares a candidate with production. It never passes what was not measured.",
     "# Releases\n\n## Promote\n\nA release is immutable; production points to one of them.",
@@ -38,6 +47,7 @@ PARAGRAPHS = [
     "Ein Satz auf Deutsch mit Umlauten: äöü. 日本語の文。",
     "A vector depends only on its text. " * 6,
     "Short.",
+    FOR_OPERATORS,
 ]
 
 
@@ -83,7 +93,8 @@ scripts = st.lists(edits, min_size=1, max_size=5)
 
 
 def documents(corpus: dict[str, list[str]]) -> list[Document]:
-    return [document(name, "\n\n".join(parts)) for name, parts in corpus.items()]
+    made = ((document(name, "\n\n".join(parts)), FOR_OPERATORS in parts) for name, parts in corpus.items())
+    return [one.model_copy(update={"access": ("ops",)}) if restricted else one for one, restricted in made]
 
 
 @dataclass
@@ -122,6 +133,10 @@ class Builder:
         digest = index(self.out, IndexParams(), self.store).digest
         return digest, self.store.path("generations", digest, "manifest.json").read_bytes()
 
+    def base(self, digest: str) -> str:
+        """Which collection the one of this generation grew out of; empty when it was built from scratch."""
+        return str(json.loads(self.store.path("collections", digest, "collection.json").read_bytes())["base"])
+
     def collection(self, digest: str) -> tuple[bytes, list[list[Passage]]]:
         """The collection's export, and the ranked passages of fixed queries with their scores."""
         vectors = load_embedder(self.params, "float32").embed_queries(QUERIES)
@@ -132,29 +147,33 @@ class Builder:
             collection.close()
 
 
-def check(start: dict[str, list[str]], script: list[Edit], builder: Builder, scratch: Builder) -> str:
-    """Build after every edit in one store, and the last state from scratch in another; returns the generation."""
-    corpus = start
-    builder.build(corpus)
-    for edit in script:
-        corpus = edit.apply(corpus)
+def check(start: dict[str, list[str]], script: list[Edit], builder: Builder, scratch: Builder) -> list[str]:
+    """Build after every edit in one store, and the last state from scratch in another; returns the generations."""
+    corpora = list(itertools.accumulate(script, lambda corpus, edit: edit.apply(corpus), initial=start))
+    digests = []
+    for corpus in corpora:
         builder.build(corpus)
-    scratch.build(corpus)
+        digests.append(builder.manifest(corpus)[0])
+    scratch.build(corpora[-1])
     assert builder.result() == scratch.result()
-    assert builder.manifest(corpus) == scratch.manifest(corpus)
-    return builder.manifest(corpus)[0]
+    assert builder.manifest(corpora[-1]) == scratch.manifest(corpora[-1])
+    return digests
 
 
 @pytest.fixture
 def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Publish generations without loading their collections."""
-    monkeypatch.setattr(index_module, "open_collection", lambda *given: io.BytesIO())
+    monkeypatch.setattr(index_module, "prepare_collection", lambda *given: None)
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do what the child process does to load a collection, without starting one for each."""
-    monkeypatch.setattr(index_module, "build_shard", lambda source, out, progress: edge_module._build(source, out))
+
+    def run(job: shard.Job, batches: Iterable[Sequence[Point]], total: int, progress: object) -> int:
+        return shard.build(job, ([edge_module._plain(point) for point in points] for points in batches))
+
+    monkeypatch.setattr(edge_module, "_run", run)
 
 
 @pytest.fixture
@@ -184,14 +203,126 @@ def test_an_incremental_build_equals_one_from_scratch(
     check(start, script, *pair())
 
 
-@settings(RELAXED, max_examples=15)
-@given(start=corpora, script=scripts)
-def test_its_collection_and_its_rankings_are_equal_too(
-    in_this_process: None, pair: Pair, start: dict[str, list[str]], script: list[Edit]
+def test_a_grown_collection_equals_one_from_scratch(in_this_process: None, pair: Pair) -> None:
+    grown: list[bool] = []
+
+    @settings(RELAXED, max_examples=15)
+    @given(start=corpora, script=scripts)
+    def holds(start: dict[str, list[str]], script: list[Edit]) -> None:
+        builder, scratch = pair()
+        digests = check(start, script, builder, scratch)
+        grown.extend(builder.base(digest) != "" for digest in digests)
+        assert scratch.base(digests[-1]) == ""
+        assert builder.collection(digests[-1]) == scratch.collection(digests[-1])
+
+    holds()
+    assert sum(grown) >= 10  # the difference is what was tried, and not a load of everything
+
+
+STEADY = {f"steady/{number}.md": [f"Fact {number} is {number * number}."] for number in range(30)}
+BEFORE = {**STEADY, "a.md": PARAGRAPHS[:3], "b.md": PARAGRAPHS[5:7], "c.md": [PARAGRAPHS[4]]}
+AFTER = {**STEADY, "a.md": [*PARAGRAPHS[:3], FOR_OPERATORS], "b.md": PARAGRAPHS[6:7], "d.md": [PARAGRAPHS[4]]}
+
+
+def grow(builder: Builder) -> tuple[str, bytes]:
+    """Build BEFORE, then AFTER; returns what the second collection grew out of, and its content."""
+    for corpus in (BEFORE, AFTER):
+        builder.build(corpus)
+        digest, _ = builder.manifest(corpus)
+    return builder.base(digest), builder.collection(digest)[0]
+
+
+def from_scratch(builder: Builder) -> bytes:
+    builder.build(AFTER)
+    return builder.collection(builder.manifest(AFTER)[0])[0]
+
+
+def test_skipped_deletions_are_noticed_and_wrong_ones_would_be_seen(
+    in_this_process: None, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The property test can fail; and points too many or too few bring a build back to scratch."""
+    builder, scratch = pair()
+    base, content = grow(builder)
+    assert base
+    assert content == from_scratch(scratch)
+    one, two = pair()
+    monkeypatch.setattr(shard, "_delete", lambda opened, ids: None)
+    assert grow(one) == ("", content)
+    delete, steady = shard.edge.UpdateOperation.delete_points, [chunk.id for chunk in chunks_of(scratch, STEADY)]
+    monkeypatch.setattr(shard, "_delete", lambda opened, ids: opened.update(delete(steady[: len(ids)])))
+    base, wrong = grow(two)
+    assert base
+    assert wrong != content
+    assert len(wrong.splitlines()) == len(content.splitlines())
+
+
+def chunks_of(builder: Builder, names: Collection[str]) -> list[Chunk]:
+    return [chunk for chunk in read_records(builder.out / CHUNKS_FILE, Chunk) if chunk.document in names]
+
+
+def test_changed_labels_that_are_overlooked_would_be_seen(
+    in_this_process: None, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder, scratch = pair()
-    digest = check(start, script, builder, scratch)
-    assert builder.collection(digest) == scratch.collection(digest)
+
+    def only_new(mine: Any, theirs: Any) -> list[int]:
+        return sorted(row for chunk, row in mine.rows.items() if chunk not in theirs.rows)
+
+    monkeypatch.setattr("goldgate.pipeline.difference._Points.differing", only_new)
+    base, content = grow(builder)
+    assert base
+    assert content != from_scratch(scratch)
+
+
+def test_a_document_that_did_not_change_is_not_divided_again(
+    tmp_path: Path, no_collection: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divided: list[str] = []
+
+    def chunk(doc: Document, *more: Any) -> list[Chunk]:
+        divided.append(doc.id)
+        return chunk_document(doc, *more)
+
+    monkeypatch.setattr(stream_module, "chunk_document", chunk)
+    builder = Builder(tmp_path, HASHING, "local")
+    builder.build(BEFORE)
+    builder.manifest(BEFORE)
+    assert sorted(divided) == sorted(BEFORE)
+    divided.clear()
+    builder.build(AFTER)
+    assert sorted(divided) == ["a.md", "b.md", "d.md"]
+    builder.manifest(AFTER)
+    divided.clear()
+    builder.build({**AFTER, "c.md": BEFORE["c.md"]})
+    assert divided == ["c.md"]
+    divided.clear()
+    builder.build(BEFORE)  # back: the generation that shares most is found, not the last one
+    assert divided == []
+    monkeypatch.setattr(stream_module, "chunk_document", chunk_document)
+    for path in builder.store.path("made").iterdir():
+        path.write_bytes(b"{")
+    counts = builder.build(AFTER)
+    assert counts.documents == len(AFTER)
+
+
+def test_few_changes_start_no_ray(tmp_path: Path, no_collection: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = Builder(tmp_path, HASHING, "local")
+    builder.build(BEFORE)
+    builder.manifest(BEFORE)
+    started: list[Work] = []
+
+    def over_ray(work: Work, report: object) -> Generator[Piece, None, None]:
+        started.append(work)
+        yield from ()
+
+    monkeypatch.setattr(embed_module, "ray_pieces", over_ray)
+    builder.engine = "ray"
+    assert builder.build(AFTER).chunks
+    assert builder.build(AFTER).embedded == 0
+    assert started == []
+    monkeypatch.setattr(embed_module, "CHARACTERS_PER_BLOCK", 10)
+    embed(documents(AFTER), CHUNK, HASHING, builder.store, builder.out, engine="ray")
+    assert [[doc.id for doc in work.documents] for work in started] == [["a.md", "b.md", "d.md"]]
 
 
 def test_editing_one_document_embeds_its_changed_chunks_only(tmp_path: Path) -> None:
@@ -232,7 +363,7 @@ def test_a_vector_that_is_not_its_texts_would_be_seen(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- Ray Data and the real embedder
 
-START = {"a.md": [PARAGRAPHS[0], PARAGRAPHS[2]], "b.md": [PARAGRAPHS[1]], "deep/c.md": [PARAGRAPHS[5]]}
+START = {**STEADY, "a.md": [PARAGRAPHS[0], PARAGRAPHS[2]], "b.md": [PARAGRAPHS[1]], "deep/c.md": [PARAGRAPHS[5]]}
 SCRIPTS = {
     "add": [Edit("add", "d.md", 0, PARAGRAPHS[6], ""), Edit("add", "a.md", 0, PARAGRAPHS[3], "")],
     "edit": [Edit("edit", "a.md", 1, "Rolling back takes a minute.", ""), Edit("edit", "b.md", 0, PARAGRAPHS[4], "")],
@@ -248,6 +379,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
     with ray_session(1):
         builder = Builder(tmp_path_factory.mktemp("grown"), REAL, "ray")
         builder.build(START)
+        builder.manifest(START)
         yield builder
 
 
@@ -266,6 +398,8 @@ def test_over_ray_with_the_real_embedder(grown: Builder, tmp_path: Path, name: s
     assert grown.result() == scratch.result()
     digest, manifest = grown.manifest(corpus)
     assert (digest, manifest) == scratch.manifest(corpus)
+    assert grown.base(digest)
+    assert not scratch.base(digest)
     exported, ranked = grown.collection(digest)
     assert (exported, ranked) == scratch.collection(digest)
     assert all(ranked)  # every query found something to rank

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,11 +23,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qdrant_client import QdrantClient
 
-from goldgate.pipeline.collection import EMBEDDINGS, Collection, Point, RankedCollection, read_points, visible_to
-from goldgate.pipeline.edge import Bm25
+from goldgate.pipeline import edge as edge_module
+from goldgate.pipeline.collection import (
+    EMBEDDINGS,
+    Collection,
+    Point,
+    RankedCollection,
+    Ranking,
+    read_points,
+    visible_to,
+)
+from goldgate.pipeline.edge import Bm25, EdgeEngine, open_shard
+from goldgate.pipeline.embedder import Embedder, load_embedder
 from goldgate.pipeline.errors import EnvironmentFailure, Refused, UsageError
 from goldgate.pipeline.index import index, load_generation, open_collection, read_documents_of
-from goldgate.pipeline.params import IndexParams, RetrieveParams
+from goldgate.pipeline.params import EmbedParams, IndexParams, RetrieveParams
 from goldgate.pipeline.parquet import write_embeddings
 from goldgate.pipeline.schema import PUBLIC, Document, Generation, Passage, Principal, Unreadable
 from goldgate.pipeline.server import collection_name, load_collection
@@ -667,6 +677,12 @@ def test_a_kill_in_the_middle_leaves_garbage_in_tmp_only(tmp_path: Path) -> None
     assert opened.count() == 3000
     opened.close()
     wait_until_gone(store.root / "tmp")
+    for _ in range(100):  # the builder's own child removes what it had in memory
+        left = list(edge_module.MEMORY.glob(f"goldgate-shard-{child.pid}-*"))
+        if not left:
+            break
+        time.sleep(0.1)
+    assert left == []
 
 
 def wait_until_gone(folder: Path) -> None:
@@ -694,6 +710,89 @@ def test_a_collection_serves_any_thread(shared: tuple[Store, Generation]) -> Non
     with ThreadPoolExecutor(max_workers=4) as pool:
         assert all(pool.map(lambda _: ask(opened, ["beta"]) == expected, range(200)))
         pool.submit(opened.close).result()
+
+
+# ---------------------------------------------------------------- a collection grown out of an earlier one
+
+OPS = ("ops",)
+
+
+def pages(words: str, numbers: Iterable[int], access: tuple[str, ...] = ()) -> list[Document]:
+    return [document(f"page/{n:03}.md", f"{words} {n} {WORDS[n % 22]} {WORDS[n % 7]}", access=access) for n in numbers]
+
+
+def base_of(store: Store, generation: Generation) -> str:
+    return str(json.loads(store.path("collections", generation.digest, "collection.json").read_bytes())["base"])
+
+
+def raw_scores(store: Store, generation: Generation) -> list[list[tuple[str, float]]]:
+    """What the engine itself gives, before scores are rounded: all bits of them."""
+    engine = open_shard(store.path("collections", generation.digest), generation)
+    assert isinstance(engine, EdgeEngine)
+    terms, vectors = Bm25(), hashing_embedder().embed_queries(WORDS)
+    everyone = [visible_to(principal) for principal in (ANYONE, Principal(labels=OPS))]
+    rankings = [Ranking(by, seen, 1000) for seen in everyone for by in (*vectors, *map(terms.query, WORDS))]
+    found = [sorted((hit.id, hit.score) for hit in hits) for hits in engine.rank(rankings)]
+    engine.close()
+    return found
+
+
+def test_a_grown_collection_scores_bit_by_bit_as_one_from_scratch(opener: Opener, tmp_path: Path) -> None:
+    """Also the words that only deleted documents had, and those that became rarer with them."""
+    before = opener.build(corpus() + pages("margin sesquipedalian", range(20)) + pages("margin", range(20, 60)))
+    after = corpus() + pages("margin", range(20, 60)) + pages("floor", range(70, 80), access=OPS)
+    after[3] = after[3].model_copy(update={"access": OPS})  # its chunks keep their ids and are stored differently
+    grown = opener.build(after)
+    other = Opener(tmp_path)
+    scratch = other.build(after)
+    assert grown == scratch
+    assert base_of(opener.store, grown) == before.digest
+    assert base_of(other.store, scratch) == ""
+    assert raw_scores(opener.store, grown) == raw_scores(other.store, scratch)
+    files = [path for path in opener.store.path("collections", grown.digest).rglob("*") if path.is_file()]
+    assert not [path for path in files if b"sesquipedalian" in path.read_bytes()]  # no text outlives its document
+
+
+def test_a_grown_collection_keeps_no_text_when_documents_only_go(opener: Opener) -> None:
+    before = opener.build(pages("floccinaucinihilipilification", range(5)) + pages("alone", range(5, 60)))
+    grown = opener.build(pages("alone", range(5, 60)))
+    assert base_of(opener.store, grown) == before.digest
+    files = [path for path in opener.store.path("collections", grown.digest).rglob("*") if path.is_file()]
+    assert not [path for path in files if b"floccinaucinihilipilification" in path.read_bytes()]
+
+
+def test_the_nearest_collection_is_the_base(opener: Opener) -> None:
+    near = opener.build(pages("near", range(50)))
+    opener.build(pages("near", range(30)) + pages("far", range(30, 50)))
+    grown = opener.build(pages("near", range(48)))
+    assert base_of(opener.store, grown) == near.digest
+
+
+@pytest.mark.parametrize("damage", ["one bit", "missing segment", "no marker", "other version"])
+def test_a_damaged_base_is_no_base(opener: Opener, damage: str) -> None:
+    first = opener.build(pages(f"{damage} base", range(40)))
+    DAMAGES[damage](opener.store.path("collections", first.digest))
+    second = opener.build(pages(f"{damage} base", range(38)))
+    assert base_of(opener.store, second) == ""
+    assert opener.open("edge", second).count() == 38
+
+
+def test_what_does_not_grow(store: Store, tmp_path: Path) -> None:
+    """More than half is new, another embedder, or a graph, which is not the same each time it is built."""
+    made = 0
+
+    def base(documents: list[Document], params: IndexParams, embedder: Embedder | None = None) -> str:
+        nonlocal made
+        made += 1
+        return base_of(store, index(write_build(tmp_path / str(made), documents, None, embedder), params, store))
+
+    graph, other = IndexParams(exact_below=2), load_embedder(EmbedParams(model="hashing", query_prefix="query: "))
+    assert base(pages("one", range(20)), IndexParams()) == ""
+    assert base(pages("one", range(9)) + pages("two", range(9, 20)), IndexParams()) == ""
+    assert base(pages("one", range(19)), IndexParams(), other) == ""
+    assert base(pages("one", range(20)), graph) == ""
+    assert base(pages("one", range(19)), graph) == ""
+    assert base(pages("one", range(18)), IndexParams()) != ""
 
 
 DISK_FULL = """

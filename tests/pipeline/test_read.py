@@ -6,10 +6,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from docx import Document as WordDocument
@@ -17,8 +19,13 @@ from fpdf import FPDF
 
 from goldgate.pipeline.errors import EnvironmentFailure, UnreadableDocument, UsageError
 from goldgate.pipeline.params import ReadParams
+from goldgate.pipeline.parquet import write_records
+from goldgate.pipeline.parse import parse
+from goldgate.pipeline.parsed import Parsed
 from goldgate.pipeline.read import read_documents
+from goldgate.pipeline.reuse import ReadBefore
 from goldgate.pipeline.schema import Block, Document, Unreadable
+from goldgate.pipeline.store import Store, digest_file
 
 SKIP = ReadParams(skip_unreadable=True)
 
@@ -732,3 +739,96 @@ def test_blocks_are_in_order_and_hold_text(data: Path) -> None:
                 assert (block.kind == "heading") == bool(block.title) == (block.level > 0)
                 end = block.end
             assert isinstance(document.blocks[0], Block)
+
+
+# ---------------------------------------------------------------- what was read before
+
+
+class Reading:
+    """Reads a folder as `goldgate read` does, and publishes a generation of what was read."""
+
+    def __init__(self, folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.store = folder, store
+        self.parsed: list[bytes] = []
+
+        def parse_and_note(data: bytes, *more: Any) -> Parsed:
+            self.parsed.append(data)
+            return parse(data, *more)
+
+        monkeypatch.setattr("goldgate.pipeline.read.parse", parse_and_note)
+
+    def __call__(self, params: ReadParams = SKIP) -> tuple[int, list[str]]:
+        """How many documents were parsed, and what was reported; what was read is compared with a plain read."""
+        self.parsed.clear()
+        said: list[str] = []
+        before = ReadBefore(self.store, params)
+        read = read_documents(str(self.folder), params, lambda what, done, total: said.append(what), before)
+        count = len(self.parsed)
+        assert read == read_documents(str(self.folder), params)
+        self.publish(read[0], before)
+        return count, [what for what in said if what != "read"]
+
+    def publish(self, documents: list[Document], before: ReadBefore) -> Path:
+        path = self.folder.parent / "documents.parquet"
+        write_records(path, documents, Document)
+        before.remember(path)
+        digest = digest_file(path)
+        generation = self.store.path("generations", digest)
+        generation.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, generation / "documents.parquet")
+        (generation / "manifest.json").write_text(json.dumps({"files": {"documents.parquet": digest}}))
+        return generation
+
+
+@pytest.fixture
+def reading(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Reading:
+    (folder / "a.md").write_text("# A\n\nText.")
+    (folder / "b.rst").write_text("B\n=\n\nText.")
+    (folder / "c.pdf").write_bytes(pdf("one", ""))
+    (folder / "c.pdf.meta.yaml").write_text("tenant: acme\n")
+    (folder / "z.md").write_text("")
+    return Reading(folder, store, monkeypatch)
+
+
+def test_a_file_with_the_same_bytes_is_not_parsed_again(reading: Reading, folder: Path) -> None:
+    notes = ["c.pdf: 1 of 2 pages have no text"]
+    assert reading() == (4, notes)
+    assert reading() == (1, notes)  # what cannot be read is tried again, and what there is to tell is told again
+    (folder / "a.md").write_text("# A\n\nOther text.")
+    assert reading() == (2, notes)
+    (folder / "b.rst").rename(folder / "renamed.rst")
+    assert reading() == (2, notes)
+    (folder / "c.pdf.meta.yaml").write_text("tenant: other\n")
+    assert reading() == (2, notes)
+    (folder / "c.pdf.meta.yaml").unlink()
+    assert reading() == (2, notes)
+    (folder / "a.md").write_text("# A\n\nText.")
+    assert reading()[0] in {1, 2}  # an earlier generation may have it, and share as many others
+
+
+def test_other_code_libraries_or_limits_parse_again(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reading()[0] == 4
+    assert reading(ReadParams(skip_unreadable=True, max_bytes=1_000_000))[0] == 4
+    assert reading(ReadParams(skip_unreadable=True, include=("*.md",)))[0] == 1  # chooses files and changes none
+    monkeypatch.setattr("goldgate.pipeline.reuse.version", lambda name: "99")
+    assert reading()[0] == 4
+    monkeypatch.setattr("goldgate.pipeline.reuse._READ_CODE", ("parse.py",))
+    assert reading()[0] == 4
+
+
+@pytest.mark.parametrize("damage", ["documents", "manifest", "record", "no record"])
+def test_damaged_memories_are_none(reading: Reading, store: Store, damage: str) -> None:
+    assert reading()[0] == 4
+    generation = next(store.path("generations").iterdir())
+    record = next(store.path("made").iterdir())
+    match damage:
+        case "documents":
+            path = generation / "documents.parquet"
+            path.write_bytes(path.read_bytes()[:-1] + b"\0")
+        case "manifest":
+            (generation / "manifest.json").write_text('{"files": {"documents.parquet": "../x"}}')
+        case "record":
+            record.write_text("[]")
+        case _:
+            record.unlink()
+    assert reading()[0] == 4

@@ -36,6 +36,22 @@ DOCUMENTS = {
     "rollback.md": "The command goldgate rollback makes the release before the live one live again.",
     "releases.md": "A release is immutable and named by its digest.\n\nThe pointer names the live release.",
 }
+PAGES = {
+    "ports.md": (
+        "The deployment listens on port 8000 of the loopback address by default. Another port is chosen with the "
+        "option --port, and a port that is taken is refused before anything starts."
+    ),
+    "rollback.md": (
+        "The command goldgate rollback makes the release before the live one live again. It needs no judge and no "
+        "language model, and it writes an event to the ledger."
+    ),
+    "releases.md": (
+        "A release is immutable and named by its digest, which is 64 hexadecimal digits long. The pointer of the "
+        "application names the live release."
+    ),
+}
+"""As long as real passages are: the real model was trained with such."""
+
 SECRET = "The vault code of acme is 7431."
 """Told by a document of the tenant acme only."""
 
@@ -161,11 +177,11 @@ def wait_for(deployment: Deployment, timeout_s: float = 300) -> dict[str, object
 
 @contextlib.contextmanager
 def deployment_of_the_real_model(store: Store, folder: Path) -> Iterator[Deployment]:
-    """The real model on Ray Serve and vLLM over DOCUMENTS with the real embedder: about two minutes to start.
+    """The real model on Ray Serve and vLLM over PAGES with the real embedder: about two minutes to start.
 
     The integrator's session fixture `deployment` yields this once per test run.
     """
-    release = make_release(store, folder, model="smollm2-135m.toml", embedder="all-MiniLM-L6-v2")
+    release = make_release(store, folder, PAGES, model="smollm2-135m-grounded.toml", embedder="all-MiniLM-L6-v2")
     releases.promote(store, release.digest, actor="test")
     with serving(store, timeout_s=600) as running:
         wait_for(running, timeout_s=600)

@@ -353,7 +353,7 @@ def test_a_mark_names_its_passage() -> None:
     assert [c.document for c in cite("The tower is 330 metres tall [9].", twice)] == ["a.md"], "no such passage"
     assert cite("The tower is 330 metres tall [3].", twice) == (), "a mark alone supports nothing"
     assert cite("[1]", twice) == ()
-    # Behind the full stop a mark belongs to the sentence before it.
+    # Behind the full stop, as the default model writes it, a mark belongs to the sentence before.
     assert [c.document for c in cite("The tower is 330 metres tall. [2]", twice)] == ["copy.md"]
     assert cite("The tower is 330 metres tall. [3]", twice) == ()
     both = cite("The tower is 330 metres tall. [2] The tower is 330 metres tall. [1]", twice)
@@ -516,7 +516,7 @@ def test_an_interruption_keeps_what_was_finished(tmp_path: Path, store: Store, s
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, store: Store) -> None:
     (tmp_path / "answers.jsonl").mkdir()
-    with pytest.raises(EnvironmentFailure, match=r"answers\.jsonl cannot be written"):
+    with pytest.raises(EnvironmentFailure, match=r"answers\.jsonl in .* cannot be written: Is a directory"):
         run(Answerer(Shelf([passage(TOWER)]), PROMPT, double(store)), store, tmp_path / "answers.jsonl")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".answers")] == []
 
@@ -565,7 +565,15 @@ def test_a_built_collection_answers_within_what_its_principal_may_see(tmp_path: 
 @pytest.mark.engine
 def test_the_real_model_answers_from_the_passages(generator: Generator, store: Store, tmp_path: Path) -> None:
     prompt = load_prompt(ROOT / "serving" / "prompts" / "grounded.toml")
-    answerer = Answerer(Shelf([passage(TOWER), passage(BREAD, "b.md")]), prompt, generator)
+    tower = (
+        "Sights of Paris > The Eiffel Tower\nThe tower stands on the Champ de Mars and is 330 metres tall. It was "
+        "finished in 1889 by the company of Gustave Eiffel, after two years of work by some 300 workers."
+    )
+    bread = (
+        "The bakery in Rue Cler > Opening hours\nBread is baked every morning at six, and the shop opens at seven. On "
+        "Mondays it stays closed. Cakes have to be ordered two days ahead by telephone."
+    )
+    answerer = Answerer(Shelf([passage(tower), passage(bread, "b.md")]), prompt, generator)
     first, _ = run(answerer, store, tmp_path / "answers.jsonl")
     data = (tmp_path / "answers.jsonl").read_bytes()
     assert "330" in answered_text(first[0])

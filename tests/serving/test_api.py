@@ -128,6 +128,24 @@ def test_not_ready_is_503_everywhere(client: TestClient, door: Door) -> None:
     assert client.get("/healthz").json()["release"] == RELEASE
 
 
+def test_health_is_red_while_the_engine_is_in_trouble_and_green_afterwards(door: Door) -> None:
+    said = ["the engine failed: EngineDeadError", ""]
+
+    async def trouble() -> str:
+        return said[0]
+
+    client = TestClient(build_api(door, trouble))
+    reply = client.get("/healthz")
+    assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
+    assert (reply.json()["status"], reply.json()["reason"]) == ("failing", said[0])
+    assert reply.json()["release"] == RELEASE
+    door.ready = False
+    assert client.get("/healthz").json()["status"] == "starting"
+    door.ready = True
+    said.pop(0)
+    assert client.get("/healthz").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "status", "kind"),
     [

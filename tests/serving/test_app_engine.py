@@ -85,9 +85,8 @@ def test_production_says_what_the_gate_judged(deployment: Deployment, generator:
 
 def test_the_engine_has_no_door_and_no_telemetry(deployment: Deployment) -> None:
     for path in ("/v1/completions", "/v1/embeddings", "/tokenize", "/generate_text"):
-        assert (
-            httpx.post(deployment.url + path, json={"model": "smollm2-135m", "prompt": "Say hello"}).status_code == 404
-        )
+        body = {"model": "smollm2-135m-grounded", "prompt": "Say hello"}
+        assert httpx.post(deployment.url + path, json=body).status_code == 404
     assert list(httpx.get(f"{deployment.url}/-/routes").json()) == ["/"]
     import psutil
 
@@ -111,7 +110,7 @@ def test_an_engine_that_does_not_start_is_one_line_in_bounded_time(
     """Serve by itself would try for ever."""
     store = Store.open(tmp_path_factory.mktemp("broken") / "store")
     store.path("models").symlink_to(session_store.path("models"), target_is_directory=True)
-    shipped = (MODELS / "smollm2-135m.toml").read_text(encoding="utf-8")
+    shipped = (MODELS / "smollm2-135m-grounded.toml").read_text(encoding="utf-8")
     model = tmp_path / "huge.toml"
     model.write_text(shipped.replace("max_model_len = 2048", "max_model_len = 999999"), encoding="utf-8")
     releases.promote(store, make_release(store, tmp_path / "a", model=str(model)).digest, actor="test")

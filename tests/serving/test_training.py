@@ -30,6 +30,7 @@ from goldgate.serving.training.examples import (
     TrainingPassage,
     detokenise,
     load_clapnq,
+    load_genres,
     load_instructions,
     load_own,
     load_xquad,
@@ -40,7 +41,7 @@ from goldgate.serving.training.train import CHECKPOINT, Settings, load_base, pac
 from tests.serving.models import TEMPLATE, write_model_file
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPT = ROOT / "serving" / "prompts" / "sentence.toml"
+PROMPT = ROOT / "serving" / "prompts" / "grounded.toml"
 MODEL_FILE = 'name = "tiny"\nkind = "vllm"\nsource = "{source}"\n{rest}[engine]\nmax_model_len = 512\n'
 
 TOPICS = [
@@ -267,11 +268,13 @@ def test_the_shipped_adapter_is_merged_into_the_real_model(generator: Generator,
     assert isinstance(generator, VllmGenerator)
     spec = load_model_spec(ROOT / "serving" / "models" / "smollm2-135m-grounded.toml")
     merged = build_model(spec, session_store)
-    assert merged.path is not None
+    plain = build_model(load_model_spec(ROOT / "serving" / "models" / "smollm2-135m.toml"), session_store)
+    assert merged.path == generator.path
+    assert plain.path is not None
     config, _ = load_adapter(ROOT / "serving" / "models" / spec.adapter)
     with (
-        safe_open(merged.path / "model.safetensors", framework="pt") as ours,
-        safe_open(generator.path / "model.safetensors", framework="pt") as base,
+        safe_open(generator.path / "model.safetensors", framework="pt") as ours,
+        safe_open(plain.path / "model.safetensors", framework="pt") as base,
     ):
         assert set(ours.keys()) == set(base.keys())
         for name in base.keys():  # noqa: SIM118 - not a mapping
@@ -319,6 +322,10 @@ def test_our_own_passages_are_sound() -> None:
     assert not {p.id for t in trained for p in t.passages} & {p.id for t in judged for p in t.passages}
     questions = [question for passage in passages for question in passage.questions]
     assert len({q.text for q in questions}) >= 0.97 * len(questions)
+    genres = [passage for topic in load_genres() for passage in topic.passages]
+    assert len(genres) >= 250
+    assert not {p.text for p in genres} & {p.text for p in passages}
+    assert not {q.text for p in genres for q in p.questions} & {q.text for q in questions}, "they only judge"
 
 
 def test_a_fact_that_its_answer_lacks_names_file_and_line(tmp_path: Path) -> None:
