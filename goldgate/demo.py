@@ -44,7 +44,7 @@ QUESTIONS = (
     "What is the default alpha in the policy?",
     "How are the two rankings combined?",
 )
-NEW_FACT_QUESTION = "How long does the demo take on two cores?"
+NEW_FACT_QUESTION = "Where does the deployment of the demo write its log?"
 SERVE_TIMEOUT_S = 600.0
 
 
@@ -94,19 +94,19 @@ def _base_model(folder: Path) -> None:
     params.write_text(text.replace("smollm2-135m-grounded.toml", "smollm2-135m.toml"), encoding="utf-8")
 
 
-def _add_duration(folder: Path) -> None:
+def _add_log_file(folder: Path) -> None:
     """Somebody answers a question that users ask."""
     page = folder / "knowledge" / "tutorials" / "first-run.md"
     text = page.read_text(encoding="utf-8").rstrip()
-    added = "## How long the demo takes\n\nOn two cores the demo takes about 15 minutes, installation included."
-    page.write_text(f"{text}\n\n{added}\n", encoding="utf-8")
+    added = "The deployment of the demo writes its log to the file `serve.log` in the folder of the demo."
+    page.write_text(f"{text}\n\n## The log of the deployment\n\n{added}\n", encoding="utf-8")
 
 
 PROPOSALS = (
     Proposal("harmful-document", "a page loses the table that answers its questions", _drop_exit_codes),
     Proposal("harmful-retrieval", "top_k = 1: only one passage is given to the model", _one_passage),
     Proposal("harmful-prompt", "the rule to answer from the passages makes way for wit", _no_grounding),
-    Proposal("good-document", "a page gains the answer to a question that users ask", _add_duration),
+    Proposal("good-document", "a page gains the answer to a question that users ask", _add_log_file),
     Proposal("base-model", "the model without its grounding adapter", _base_model),
 )
 
