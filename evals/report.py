@@ -20,7 +20,6 @@ from goldgate.evals.diagnose import security_lines
 from goldgate.evals.pairs import compare, lost_documents
 from goldgate.pipeline.errors import one_line
 from goldgate.pipeline.schema import Answer, CaseReport, Condition, EvidenceChange, Report, Verdict
-from goldgate.pipeline.store import write_files
 
 if TYPE_CHECKING:
     import jinja2
@@ -88,11 +87,6 @@ def pages(verdict: Verdict, report: Report | None = None, baseline: Report | Non
         "report.md": render_markdown(verdict, report, baseline),
     }
     return {name: text.encode("utf-8", errors="replace") for name, text in texts.items()}
-
-
-def write_reports(folder: Path, verdict: Verdict, report: Report | None = None, baseline: Report | None = None) -> None:
-    """Write report.html and report.md beside the verdict. Raises EnvironmentFailure when that is not possible."""
-    write_files(folder, pages(verdict, report, baseline))
 
 
 # ---------------------------------------------------------------- terminal

@@ -2,7 +2,7 @@
 
 A pack is the unit of training. Its context (rules and passages) is computed once for all of its questions: attention
 and positions are those of every question standing alone behind the context, so the loss is the same as with one
-example per question, at about a third of the work.
+example per question.
 """
 
 from __future__ import annotations

@@ -14,14 +14,15 @@ from goldgate.evals.report import (
     MAX_COMMENT,
     WIDTH,
     neutral,
+    pages,
     points,
     render_html,
     render_markdown,
     render_text,
-    write_reports,
 )
 from goldgate.pipeline.errors import EnvironmentFailure
 from goldgate.pipeline.schema import EvidenceChange, Failure, Report, Unreadable, Verdict
+from goldgate.pipeline.store import write_files
 from tests.evals.reports import POLICY, candidate, production, touch
 from tests.evals.test_gate import GREEN, RED
 
@@ -224,12 +225,12 @@ def test_the_same_input_gives_the_same_bytes() -> None:
 
 
 def test_files_are_written(tmp_path: Path) -> None:
-    write_reports(tmp_path, *harmful())
+    write_files(tmp_path, pages(*harmful()))
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (tmp_path / "report.md").read_text(encoding="utf-8").startswith("### FAIL")
     (tmp_path / "a file").touch()
     with pytest.raises(EnvironmentFailure, match=r"report\.html, report\.md in .*a file cannot be written"):
-        write_reports(tmp_path / "a file", *harmful())
+        write_files(tmp_path / "a file", pages(*harmful()))
 
 
 @pytest.mark.parametrize(

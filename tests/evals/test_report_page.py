@@ -10,7 +10,8 @@ import pytest
 
 from goldgate.evals.gate import decide
 from goldgate.evals.policy import load_policy
-from goldgate.evals.report import write_reports
+from goldgate.evals.report import pages
+from goldgate.pipeline.store import write_files
 from tests.evals.reports import candidate, production, touch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def test_the_page_renders_without_errors_or_requests(chromium: str, tmp_path: Pa
     )
     verdict = decide(report, baseline, policy, baseline_release="b" * 64)
     assert verdict.verdict == "FAIL"
-    write_reports(tmp_path, verdict, report, baseline)
+    write_files(tmp_path, pages(verdict, report, baseline))
     shown = browse(chromium, tmp_path, "--dump-dom")
     assert shown.returncode == 0, shown.stderr[-2000:]
     assert "FAIL" in shown.stdout

@@ -38,8 +38,8 @@ DOCUMENTS = {
 }
 PAGES = {
     "ports.md": (
-        "The deployment listens on port 8000 of the loopback address by default. Another port is chosen with the "
-        "option --port, and a port that is taken is refused before anything starts."
+        "Requests come over HTTP. The deployment listens on port 8000 by default, and the option --port chooses "
+        "another one."
     ),
     "rollback.md": (
         "The command goldgate rollback makes the release before the live one live again. It needs no judge and no "

@@ -35,8 +35,7 @@ def test_the_warm_deployment_answers_with_sources(deployment: Deployment) -> Non
     *pieces, answer = ask_http(deployment.url, QUESTIONS[0])
     assert isinstance(answer, Answer)
     assert len(pieces) > 1
-    # How often it is the right sentence is what the model's card measures; here it is one of the page, with its source.
-    assert not answer.abstained
+    assert "8000" in answer.text
     assert answer.citations[0].document == "ports.md"
     cited = PAGES["ports.md"][answer.citations[0].start : answer.citations[0].end]
     assert cited
