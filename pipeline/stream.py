@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import sys
@@ -262,13 +263,14 @@ def ray_session(actors: int) -> Iterator[None]:
         # One logical CPU more than the actors take: without it the chunking tasks would never be scheduled.
         cpus = max(os.cpu_count() or 1, actors + 1)
         where = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    try:
-        with _environment(), _muted("ray", logging.ERROR), _without_native_output():
-            _start_ray(where)
-        yield
-    finally:
-        with undisturbed():
-            ray.shutdown()
+    with _notes():
+        try:
+            with _environment(), _muted("ray", logging.ERROR), _without_native_output():
+                _start_ray(where)
+            yield
+        finally:
+            with undisturbed():
+                ray.shutdown()
 
 
 def _start_ray(where: dict[str, Any]) -> None:
@@ -302,6 +304,25 @@ def _environment() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """What Ray has to say (a worker that ran out of memory, a task tried again) goes to stderr, behind the work.
+
+    Ray prints it to stdout, which is for results, whenever it hears of it: of an interrupt, too, that every actor was
+    killed. Where the work fails with a reason of ours, or was interrupted, that reason is all there is to say.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except (GoldgateError, KeyboardInterrupt):
+        raise
+    except BaseException:
+        sys.stderr.write(said.getvalue())
+        raise
+    sys.stderr.write(said.getvalue())
 
 
 @contextlib.contextmanager

@@ -298,3 +298,42 @@ print(counts.embedded == counts.texts, ray.is_initialized(), "PYTHONPATH" in os.
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=environment)
     assert done.stdout == "True False False\n"
     assert done.stderr == ""
+
+
+NOTED = """
+import sys, time
+from goldgate.pipeline.stream import ray_session
+how = sys.argv[1]
+try:
+    with ray_session(1):
+        import ray
+        @ray.remote(max_task_retries=-1, max_restarts=0)
+        class Slow:
+            def wait(self):
+                time.sleep(60)
+        actor = Slow.remote()
+        waiting = actor.wait.remote()
+        ray.wait([waiting], timeout=2)
+        ray.kill(actor)
+        while "killed" not in sys.stdout.getvalue():
+            time.sleep(0.05)
+        if how == "interrupted":
+            raise KeyboardInterrupt
+        if how == "broken":
+            raise RuntimeError("the reason")
+except (KeyboardInterrupt, RuntimeError):
+    pass
+print("result")
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["finished", "broken", "interrupted"])
+def test_what_ray_says_is_never_a_result(how: str) -> None:
+    """Ray prints to stdout that an actor died: it belongs to stderr, and after Ctrl-C nobody wants to know."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOTED, how], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout == "result\n"
+    assert ("killed by `ray.kill`" in done.stderr) == (how != "interrupted")
