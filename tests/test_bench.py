@@ -11,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
+DATA = ROOT.parent / "shared" / "data"
 SHARED = {"measure", "__init__"}
 NAMES = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in SHARED)
 LAST_LINE = r"{name}: (target met|TARGET MISSED): .+ ÷ .+, at (least|most) [\d.]+, is (\d+\.\d\d)"
@@ -85,6 +87,36 @@ def test_embed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     least = next(re.search(r"cosine .* least ([\d.]+)", line) for line in lines if "cosine" in line)
     assert least
     assert float(least[1]) >= 0.999
+
+
+@pytest.mark.skipif(not (DATA / "evouna").is_dir(), reason="../shared/data/evouna is absent")
+def test_verdict_error_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each rule has a row, in which what was decided at the null adds up."""
+    code, lines = run("verdict_error_rates", "--samples", "2", "--sizes", "50", "--half", "tuning", capsys=capsys)
+    check_last("verdict_error_rates", code, lines)
+    heads, rows = None, {}
+    for line in lines:
+        if line.startswith("| "):
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            if heads is None:
+                heads = cells
+            else:
+                rows[name] = dict(zip(heads, map(int, cells), strict=True))
+    assert len(rows) == 6
+    for row in rows.values():
+        assert 99 <= row["false block"] + row["null passed"] + row["null left to a person"] <= 101
+    assert rows["mean drop > 1.5 points blocks"]["false block"] > rows["this gate"]["false block"]
+
+
+def test_a_gate_that_passes_everything_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the replay of a broken rule shows its bad promotions."""
+    bench = importlib.import_module("bench.verdict_error_rates")
+    monkeypatch.setattr(bench, "gate_rule", lambda _policy: lambda *_: "PASS")
+    rng = np.random.default_rng(0)
+    labels = rng.random((600, 5)) < np.array([0.5, 0.6, 0.7, 0.8, 0.9])
+    tally = bench.replay(labels, [50], 3, 0.05)["this gate"][50]
+    assert tally.share("bad", "PASS") == 1
+    assert tally.share("null", "FAIL") == 0
 
 
 def test_what_is_not_here_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
