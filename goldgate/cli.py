@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -344,6 +345,28 @@ def golden_lint(
     text = "\n".join([*problems, f"{len(cases)} cases, {len(problems)} problems"])
     _emit({"cases": len(cases), "problems": problems}, text, as_json=as_json)
     if problems:
+        raise typer.Exit(ExitCode.USAGE)
+
+
+@golden_app.command("plan")
+def golden_plan(
+    golden: GoldenOption = Path("golden/cases.jsonl"), policy: PolicyOption = Path("golden/gate.toml"),
+    discordant: Annotated[float, typer.Option(help="Share of the cases answered again whose score changes.")] = 0.15,
+    touched: Annotated[float, typer.Option(help="Share of all cases that a change makes to be answered again.")] = 1.0,
+    power: Annotated[float, typer.Option(help="How often a harmless change should be shown to be harmless.")] = 0.8,
+    design_effect: Annotated[float, typer.Option(help="Clustered cases that count as one independent case.")] = 1.0,
+    as_json: JsonOption = False, traceback: TracebackOption = False,
+) -> None:  # fmt: skip
+    """Say what this gold set can show under this policy, and how many cases would do. Nothing is run."""
+    from goldgate.evals.plan import Assumptions, plan, table
+    from goldgate.evals.policy import load_policy
+    from goldgate.workspace import load_cases
+
+    assumed = Assumptions(discordant=discordant, touched=touched, power=power, design_effect=design_effect)
+    lines = plan(load_policy(policy), load_cases(Workspace(golden=golden)), assumed)
+    record = {"assumed": asdict(assumed), "conditions": [asdict(line) for line in lines]}
+    _emit(record, table(lines, assumed), as_json=as_json)
+    if any(line.problem for line in lines):
         raise typer.Exit(ExitCode.USAGE)
 
 
