@@ -206,7 +206,7 @@ def _nothing_to_blame(report: Report, verdict: Verdict, changes: _Changes) -> Di
             part=part, headline=f"{counted}; not everything was measured", evidence=(verdict.reason,), do_next=do_next
         )
     if verdict.verdict == "INCONCLUSIVE":
-        do_next = "add cases like those that changed, or have a person look at the changed answers"
+        do_next = "judge the changed answers yourself (goldgate review), or add cases like those that changed"
         return Diagnosis(part="none", headline=f"{counted}, too few cases to be sure", do_next=do_next)
     if verdict.verdict == "FAIL":
         return Diagnosis(part="unknown", headline=f"{counted}; {verdict.reason}", do_next=DO_NEXT["unknown"])

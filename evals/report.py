@@ -141,6 +141,8 @@ def _cases_text(verdict: Verdict) -> str:
             lines += _wrapped(f"{word}  {change.case}  {scores}  {change.question}", lines=2)
         if len(shown) > 10:
             lines.append(f"  and {len(shown) - 10} more, in the report")
+    if verdict.reviewed:
+        lines += _wrapped(f"judged by people: {_people(verdict)}")
     if verdict.must_hold is not None and verdict.must_hold.lost:
         lines += _wrapped(f"must_hold lost: {', '.join(verdict.must_hold.lost)}")
     for state in ("added", "changed", "removed"):
@@ -150,6 +152,10 @@ def _cases_text(verdict: Verdict) -> str:
     if verdict.skipped_documents:
         lines += _wrapped(f"documents skipped: {', '.join(d.id for d in verdict.skipped_documents)}", lines=3)
     return "\n".join(lines)
+
+
+def _people(verdict: Verdict) -> str:
+    return ", ".join(f"{count} answers by {one_line(name)}" for name, count in verdict.reviewed.items())
 
 
 def _evidence_text(verdict: Verdict) -> str:

@@ -57,6 +57,11 @@ ParamsOption = Annotated[Path, typer.Option("--params", help="Parameters (TOML).
 KnowledgeOption = Annotated[str, typer.Option("--knowledge", help="Folder or s3:// URL with the documents.")]
 GoldenOption = Annotated[Path, typer.Option("--golden", help="Gold set (JSON lines).")]
 PolicyOption = Annotated[Path, typer.Option("--policy", help="Gate policy (TOML).")]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option("--against", help="Compare with this report.json instead of production's.", show_default=False),
+]
+LabelsOption = Annotated[Path, typer.Option("--labels", help="What people said about changed answers (JSON lines).")]
 BuildOption = Annotated[Path, typer.Option("--build", help="Folder for what this candidate is made of.")]
 BaselineOption = Annotated[Path, typer.Option("--baseline", help="File that names the live release for DVC.")]
 StoreOption = Annotated[
@@ -274,10 +279,7 @@ def gate(
     golden: GoldenOption = Path("golden/cases.jsonl"), params: ParamsOption = Path("params.toml"),
     policy: PolicyOption = Path("golden/gate.toml"), build: BuildOption = Path("build"),
     baseline: BaselineOption = Path("baseline.json"), store: StoreOption = None, application: AppOption = "default",
-    against: Annotated[
-        Path | None,
-        typer.Option("--against", help="Compare with this report.json instead of production's.", show_default=False),
-    ] = None,
+    labels: LabelsOption = Path("golden/labels.jsonl"), against: AgainstOption = None,
     stage: Annotated[
         bool, typer.Option("--stage", help="End with 0 when there is no production yet (for dvc.yaml).")
     ] = False,
@@ -291,6 +293,7 @@ def gate(
         params=params,
         golden=golden,
         policy=policy,
+        labels=labels,
         build=build,
         baseline=baseline,
         store_url=store,
@@ -305,9 +308,40 @@ def gate(
 
 
 @app.command()
+def review(
+    golden: GoldenOption = Path("golden/cases.jsonl"), params: ParamsOption = Path("params.toml"),
+    policy: PolicyOption = Path("golden/gate.toml"), labels: LabelsOption = Path("golden/labels.jsonl"),
+    build: BuildOption = Path("build"), baseline: BaselineOption = Path("baseline.json"), store: StoreOption = None,
+    application: AppOption = "default", against: AgainstOption = None,
+    by: Annotated[str, typer.Option("--by", help="Your name; the user name if absent.", show_default=False)] = "",
+    as_json: JsonOption = False, traceback: TracebackOption = False,
+) -> None:  # fmt: skip
+    """Judge the changed answers yourself, blind, and decide again. The exit code is the verdict."""
+    from goldgate.evals.report import render_text
+    from goldgate.reviewing import ask_person
+    from goldgate.serving.release import default_actor
+    from goldgate.workspace import gate_step, load_cases, review_items
+
+    ws = Workspace(
+        params=params, golden=golden, policy=policy, labels=labels, build=build, baseline=baseline, store_url=store,
+        application=application,
+    )  # fmt: skip
+    with Reporter() as progress:
+        progress("compare with production", 0, 0)
+        items = review_items(ws, against)
+    done = ask_person(items, {case.id: case for case in load_cases(ws)}, labels, by or default_actor())
+    left = len(items) - done
+    note(f"{done} pairs judged{f', {left} left' if left else ''}; labels: {labels}")
+    with Reporter() as progress:
+        verdict = gate_step(ws, against, progress)
+    out(verdict.model_dump_json(indent=1) if as_json else render_text(verdict))
+    raise typer.Exit(VERDICT_CODES[verdict.verdict])
+
+
+@app.command()
 def report(
-    build: BuildOption = Path("build"), golden: GoldenOption = Path("golden/cases.jsonl"), store: StoreOption = None,
-    application: AppOption = "default",
+    build: BuildOption = Path("build"), golden: GoldenOption = Path("golden/cases.jsonl"),
+    labels: LabelsOption = Path("golden/labels.jsonl"), store: StoreOption = None, application: AppOption = "default",
     as_format: Annotated[
         str, typer.Option("--format", help="text, markdown, html or json.")
     ] = "text",
@@ -317,7 +351,7 @@ def report(
     from goldgate.evals.report import render_html, render_markdown, render_text
     from goldgate.workspace import reports_of
 
-    ws = Workspace(build=build, golden=golden, store_url=store, application=application)
+    ws = Workspace(build=build, golden=golden, labels=labels, store_url=store, application=application)
     verdict = ws.read("verdict.json", Verdict, "gate")
     renderers: dict[str, Callable[[], str]] = {
         "text": lambda: render_text(verdict),
@@ -377,13 +411,17 @@ def golden_plan(
 def release(
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="The first release, without a comparison.")] = False,
     golden: GoldenOption = Path("golden/cases.jsonl"), params: ParamsOption = Path("params.toml"),
-    policy: PolicyOption = Path("golden/gate.toml"), build: BuildOption = Path("build"), store: StoreOption = None,
-    application: AppOption = "default", as_json: JsonOption = False, traceback: TracebackOption = False,
+    policy: PolicyOption = Path("golden/gate.toml"), labels: LabelsOption = Path("golden/labels.jsonl"),
+    build: BuildOption = Path("build"), store: StoreOption = None, application: AppOption = "default",
+    as_json: JsonOption = False, traceback: TracebackOption = False,
 ) -> None:  # fmt: skip
     """Make a release of this build: immutable, with everything that decides its answers and judged them."""
     from goldgate.workspace import release_step
 
-    ws = Workspace(params=params, golden=golden, policy=policy, build=build, store_url=store, application=application)
+    ws = Workspace(
+        params=params, golden=golden, policy=policy, labels=labels, build=build, store_url=store,
+        application=application,
+    )  # fmt: skip
     made = release_step(ws, bootstrap=bootstrap)
     _emit(made.model_dump(mode="json"), f"release {made.digest}", as_json=as_json)
     note(f"make it live: goldgate promote {made.digest[:12]}")

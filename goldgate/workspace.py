@@ -29,6 +29,7 @@ from goldgate.pipeline.schema import (
 from goldgate.pipeline.store import Store, digest_file, digest_json, write_files
 
 if TYPE_CHECKING:
+    from goldgate.evals.review import Item
     from goldgate.pipeline.embed import EmbedCounts
     from goldgate.serving.answer import Answerer
     from goldgate.serving.generate import Generator
@@ -61,6 +62,7 @@ class Workspace:
     knowledge: str = "knowledge"
     golden: Path = Path("golden/cases.jsonl")
     policy: Path = Path("golden/gate.toml")
+    labels: Path = Path("golden/labels.jsonl")
     build: Path = Path("build")
     baseline: Path = Path("baseline.json")
     store_url: str | None = None
@@ -377,19 +379,42 @@ def gate_step(ws: Workspace, against: Path | None = None, progress: Reporter | N
     if progress is not None:
         progress("compare with production" if against is None else f"compare with {against}", 0, 0)
     name, baseline, gold = _baseline_of(ws, report, against)
-    verdict = decide(report, baseline, policy, baseline_release=name, baseline_gold=gold)
+    judged, baseline, reviewed = _reviewed(ws, report, baseline)
+    verdict = decide(judged, baseline, policy, baseline_release=name, baseline_gold=gold)
     digests = {
         **verdict.digests,
         "policy": digest_file(ws.policy),
         "report": digest_file(ws.build / "report.json"),
+        **({"labels": digest_file(ws.labels)} if reviewed else {}),
     }
-    verdict = verdict.model_copy(update={"digests": digests})
+    verdict = verdict.model_copy(update={"digests": digests, "reviewed": reviewed})
     if against is not None and report.system == "builtin":
         verdict = _not_releasable(verdict)
-    written = pages(verdict, report, baseline)
+    written = pages(verdict, judged, baseline)
     # The verdict last: beside it lie never the pages of another one.
     write_files(ws.build, {**written, "verdict.json": verdict.model_dump_json(indent=1).encode() + b"\n"})
     return verdict
+
+
+def _reviewed(ws: Workspace, report: Report, baseline: Report | None) -> tuple[Report, Report | None, dict[str, int]]:
+    """Put people's judgement in place of the judge's where `ws.labels` has it for both sides."""
+    from goldgate.evals.review import apply_labels, load_labels
+
+    labels = load_labels(ws.labels)
+    if baseline is None or not labels:
+        return report, baseline, {}
+    return apply_labels(report, baseline, labels)
+
+
+def review_items(ws: Workspace, against: Path | None = None) -> list[Item]:
+    """Return the changed answers that nobody has judged yet. Raises UsageError where there is no production."""
+    from goldgate.evals.review import load_labels, pending
+
+    report = ws.read("report.json", Report, "evaluate")
+    _, baseline, _ = _baseline_of(ws, report, against)
+    if baseline is None:
+        raise UsageError("there is no production to compare with", "", "name another report with --against")
+    return pending(report, baseline, load_labels(ws.labels))
 
 
 def _not_releasable(verdict: Verdict) -> Verdict:
@@ -446,6 +471,7 @@ def release_step(ws: Workspace, *, bootstrap: bool = False) -> Release:
             "cases.jsonl": ws.golden,
             "gate.toml": ws.policy,
             **{name: ws.build / name for name in ("report.json", "answers.jsonl", "verdict.json", "generation.json")},
+            **({"labels.jsonl": ws.labels} if verdict.reviewed else {}),
         }
         fields = {
             "generation": generation.digest,
@@ -485,6 +511,9 @@ def _check_judged(ws: Workspace, store: Store, report: Report, verdict: Verdict)
     if verdict.digests.get("policy") != digest_file(ws.policy):
         again = "give the same --policy as to goldgate gate, or run goldgate gate again"
         raise Refused(f"{ws.policy} is not the policy that judged, or changed since", "the policy that judged", again)
+    if verdict.reviewed and (not ws.labels.is_file() or verdict.digests.get("labels") != digest_file(ws.labels)):
+        again = "give the same --labels as to goldgate gate, or run goldgate gate again"
+        raise Refused(f"{ws.labels} changed since, or is not there", "the labels that judged", again)
     if report.gold_digest != gold_digest(load_cases(ws)):
         again = "give the same --golden as to goldgate evaluate, or run goldgate evaluate again"
         raise Refused(
@@ -527,7 +556,7 @@ def with_files(ws: Workspace, folder: Path) -> Workspace:
     """Return the same workspace with every relative path below `folder`."""
     return replace(
         ws, params=folder / ws.params, knowledge=str(folder / ws.knowledge), golden=folder / ws.golden,
-        policy=folder / ws.policy, build=folder / ws.build, baseline=folder / ws.baseline,
+        policy=folder / ws.policy, labels=folder / ws.labels, build=folder / ws.build, baseline=folder / ws.baseline,
     )  # fmt: skip
 
 
@@ -550,4 +579,5 @@ def reports_of(ws: Workspace, verdict: Verdict) -> tuple[Report, Report | None]:
     store = ws.store()
     if verdict.baseline is None or not release_folder(store, verdict.baseline).is_dir():
         return report, None
-    return report, production_report(store, verdict.baseline, report, load_cases(ws))
+    report, baseline, _ = _reviewed(ws, report, production_report(store, verdict.baseline, report, load_cases(ws)))
+    return report, baseline

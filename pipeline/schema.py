@@ -496,6 +496,7 @@ class Verdict(Record):
         (), description="Evidence to review: stale, which is not scored, and moved, which is scored at its new place."
     )
     changed_cases: dict[str, str] = Field({}, description="Gold case id -> added, removed or changed since production.")
+    reviewed: dict[str, int] = Field({}, description="Person -> answers that they judged blind, in the judge's place.")
     skipped_documents: tuple[Unreadable, ...] = ()
     digests: dict[str, str] = {}
 

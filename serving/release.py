@@ -28,6 +28,9 @@ RELEASE_FILES = (
 )  # fmt: skip
 """What a release folder holds beside release.json."""
 
+OPTIONAL_FILES = ("labels.jsonl",)
+"""And what it holds where the verdict used it."""
+
 
 class Pointer(Record):
     """apps/<application>/production.json: what is live, and how far the ledger is committed."""
@@ -58,12 +61,13 @@ class Status(Record):
 def make_release(
     store: Store, files: Mapping[str, Path], fields: Mapping[str, str | None], *, application: str, bootstrap: bool
 ) -> Release:
-    """Publish the release made of `files` (name -> path, all of RELEASE_FILES) and return its record.
+    """Publish the release made of `files` (name -> path, all of RELEASE_FILES and some others) and return its record.
 
     `fields` holds the digests and the verdict word of `Release`. The same input gives the same release.
     Raises UsageError when a file is missing and EnvironmentFailure when the store cannot be written.
     """
-    for name in RELEASE_FILES:
+    kept = [*RELEASE_FILES, *(name for name in OPTIONAL_FILES if name in files)]
+    for name in kept:
         if name not in files or not files[name].is_file():
             raise UsageError(
                 f"{name} is missing", "a build that was answered, evaluated and gated", "run goldgate repro"
@@ -73,14 +77,14 @@ def make_release(
             **fields,
             "application": application,
             "kind": "bootstrap" if bootstrap else "gated",
-            "files": {name: digest_file(files[name]) for name in RELEASE_FILES},
+            "files": {name: digest_file(files[name]) for name in kept},
         }
     )
     digest = release_digest(draft)
     release = draft.model_copy(update={"digest": digest})
 
     def fill(folder: Path) -> None:
-        for name in RELEASE_FILES:
+        for name in kept:
             shutil.copyfile(files[name], folder / name)
         (folder / "release.json").write_text(release.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
@@ -113,7 +117,8 @@ def load_release(store: Store, digest: str) -> Release:
         raise Refused(f"release {digest[:12]} was changed after it was made: release.json", "its original bytes")
     for name, expected in release.files.items():
         file = folder / name
-        if name not in RELEASE_FILES or not file.is_file() or file.is_symlink() or digest_file(file) != expected:
+        known = name in RELEASE_FILES or name in OPTIONAL_FILES
+        if not known or not file.is_file() or file.is_symlink() or digest_file(file) != expected:
             raise Refused(f"release {digest[:12]} was changed after it was made: {name}", "its original bytes")
     return release
 

@@ -19,8 +19,8 @@ from goldgate.pipeline.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
-    "doctor", "read", "embed", "index", "build", "model", "answer", "evaluate", "gate", "report", "release", "promote",
-    "rollback", "status", "log", "serve", "ask", "gc", "repro", "demo", "golden",
+    "doctor", "read", "embed", "index", "build", "model", "answer", "evaluate", "gate", "report", "review", "release",
+    "promote", "rollback", "status", "log", "serve", "ask", "gc", "repro", "demo", "golden",
 }  # fmt: skip
 
 
