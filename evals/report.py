@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from goldgate.evals.conditions import name_of
+from goldgate.evals.conditions import NO_BASELINE, name_of
 from goldgate.evals.diagnose import security_lines
 from goldgate.evals.pairs import compare, lost_documents
 from goldgate.pipeline.errors import one_line
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns of terminal output."""
+
+NO_BASELINE_REASON = "no_baseline"
+"""The reason of a verdict that lacks nothing but a production to compare with."""
 
 MAX_CASES = 200
 """Changed cases on the HTML page; a pull request comment shows MAX_COMMENT_CASES."""
@@ -94,11 +97,12 @@ def pages(verdict: Verdict, report: Report | None = None, baseline: Report | Non
 
 def _headline_text(verdict: Verdict) -> str:
     lines = [f"{verdict.verdict or 'NO BASELINE'}  {WORDS[verdict.verdict]}"]
-    if verdict.diagnosis is not None:
+    if verdict.diagnosis is not None and verdict.diagnosis.headline != WORDS[verdict.verdict]:
         lines += _wrapped(verdict.diagnosis.headline)
     for line in security_lines(verdict):
         lines += _wrapped(f"security: {line}")
-    lines += _wrapped(f"why: {verdict.reason}")
+    if verdict.reason != NO_BASELINE_REASON:
+        lines += _wrapped(f"why: {verdict.reason}")
     return "\n".join(lines)
 
 
@@ -111,7 +115,8 @@ def _conditions_text(verdict: Verdict) -> str:
     widths[0] = min(widths[0], 32)
     lines = ["  ".join(cell[: widths[i]].ljust(widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows]
     lines[1:1] = ["  ".join("-" * width for width in widths)]
-    notes = [f"{name_of(c)}: {c.note}" for c in verdict.conditions if c.note and c.note != "zero tolerance"]
+    told = {"", "zero tolerance", NO_BASELINE}
+    notes = [f"{name_of(c)}: {c.note}" for c in verdict.conditions if c.note not in told]
     return "\n".join([line[:WIDTH] for line in lines] + [part for note in notes for part in _wrapped(note)])
 
 

@@ -427,6 +427,11 @@ def release(
     note(f"make it live: goldgate promote {made.digest[:12]}")
 
 
+def _note_baseline(ws: Workspace) -> None:
+    if ws.baseline.exists():
+        note(f"{ws.baseline} names it now: commit it, so that the next change is compared with what is live")
+
+
 @app.command()
 def promote(
     digest: ReleaseArgument, params: ParamsOption = Path("params.toml"),
@@ -442,6 +447,7 @@ def promote(
     event = promote_step(ws, digest, message)
     _wait_served(url, event.release)
     _emit(event.model_dump(mode="json"), f"promoted {event.release}", as_json=as_json)
+    _note_baseline(ws)
 
 
 @app.command()
@@ -458,6 +464,7 @@ def rollback(
     event = rollback_step(ws, message)
     _wait_served(url, event.release)
     _emit(event.model_dump(mode="json"), f"rolled back to {event.release}", as_json=as_json)
+    _note_baseline(ws)
 
 
 def _wait_served(url: str, digest: str) -> None:
