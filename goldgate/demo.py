@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 COPIED = ("knowledge", "golden", "serving/prompts", "serving/models", "params.toml", "baseline.json")
 QUESTIONS = (
     "Which exit code does INCONCLUSIVE have?",
-    "What is the default alpha in the policy?",
-    "How are the two rankings combined?",
+    "Does a rollback need a judge or the language model?",
+    "How many characters of a release digest do I have to type?",
 )
 NEW_FACT_QUESTION = "Where does the deployment of the demo write its log?"
 SERVE_TIMEOUT_S = 600.0

@@ -17,8 +17,6 @@ from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.sentences import sentence_spans
 
 OWN = Path(__file__).parent / "passages"
-GENRES = Path(__file__).parent / "judged" / "pages"
-"""Our own pages of other kinds of text: encyclopaedia, rules, software manuals. They only judge."""
 
 JUDGED_SHARE = 0.1
 """Share of our own passages that is never trained on and only judges: the last ones of every file."""
@@ -137,14 +135,6 @@ def load_own(judged: bool, folder: Path = OWN) -> list[Topic]:
             Topic(f"{path.stem}/{start}", tuple(passages[start : start + 12])) for start in range(0, len(passages), 12)
         ]
     return topics
-
-
-def load_genres(folder: Path = GENRES) -> list[Topic]:
-    """Return the pages that only judge, each file as one topic. Raises UsageError as `load_own` does."""
-    return [
-        Topic(path.stem, tuple(_own_passage(path, number, row) for number, row in enumerate(_read_lines(path))))
-        for path in sorted(folder.glob("*.jsonl"))
-    ]
 
 
 def _own_passage(path: Path, number: int, row: dict) -> TrainingPassage:  # type: ignore[type-arg]  # checked below

@@ -34,7 +34,8 @@ from goldgate.serving.answer import post_process
 from goldgate.serving.generate import Generation, Generator, load_generator
 from goldgate.serving.model import build_model, load_model_spec
 from goldgate.serving.prompt import Prompt, load_prompt, render
-from goldgate.serving.training.examples import Topic, load_genres, load_own, load_xquad
+from goldgate.serving.training.examples import load_own, load_xquad
+from goldgate.serving.training.packing import fit
 
 JUDGED = Path(__file__).parent / "judged" / "postgresql.jsonl"
 MANUAL = Path("/usr/share/doc/postgresql-doc-15/html")
@@ -87,7 +88,7 @@ class Neighbours:
         """Embed `texts` once."""
         self.texts = list(texts)
         self.embedder = embedder
-        self.vectors = embedder.embed([_fit(text, embedder) for text in texts])
+        self.vectors = embedder.embed([fit(text, embedder) for text in texts])
 
     def nearest(self, question: str, count: int, but: str = "", facts: tuple[str, ...] = ()) -> list[str]:
         """Return the `count` nearest texts other than `but` that do not hold the facts."""
@@ -115,17 +116,17 @@ def xquad_sets(data: Path, embedder: Embedder, limit: int) -> Iterator[tuple[str
     yield "xquad, 3 wrong passages", wrong
 
 
-def own_sets(name: str, topics: Sequence[Topic], embedder: Embedder, limit: int) -> Iterator[tuple[str, list[Ask]]]:
-    """Yield answerable and unanswerable questions over our own pages that training never saw, three pages each."""
-    passages = [passage for topic in topics for passage in topic.passages]
+def own_sets(embedder: Embedder, limit: int) -> Iterator[tuple[str, list[Ask]]]:
+    """Yield answerable and unanswerable questions over our own kept passages, three each."""
+    passages = [passage for topic in load_own(judged=True) for passage in topic.passages]
     near = Neighbours([passage.text for passage in passages], embedder)
     rng = random.Random(SEED)  # noqa: S311 - an order, not a secret
     answerable = _sample([(p, q) for p in passages for q in p.questions], limit)
     three = [_among(q.text, p.text, near.nearest(q.text, 2, p.text), (q.fact,), rng) for p, q in answerable]
-    yield f"{name}, 3 passages", three
+    yield "own passages, 3 passages", three
     missed = _sample([(p, q) for p in passages for q in p.unanswerable], limit)
     shown = [_among(q, p.text, near.nearest(q, 2, p.text), (), rng).passages for p, q in missed]
-    yield f"{name}, near miss", [Ask(q, texts) for (_, q), texts in zip(missed, shown, strict=True)]
+    yield "own passages, near miss", [Ask(q, texts) for (_, q), texts in zip(missed, shown, strict=True)]
 
 
 def manual_sets(folder: Path, embedder: Embedder, limit: int) -> Iterator[tuple[str, list[Ask]]]:
@@ -236,12 +237,6 @@ def _holds(text: str, facts: Sequence[str]) -> bool:
     return all(any(f" {_plain(option)} " in plain for option in fact.split("|")) for fact in facts)
 
 
-def _fit(text: str, embedder: Embedder) -> str:
-    """Return as much of a paragraph's start as the embedder can see."""
-    offsets = embedder.tokenizer.encode(text).offsets
-    return text if len(offsets) <= embedder.max_tokens else text[: offsets[embedder.max_tokens - 2][0]]
-
-
 # ---------------------------------------------------------------- report
 
 
@@ -295,12 +290,7 @@ def main(
             raise UsageError(f"{manual} is not there", "the PostgreSQL manual", "apt-get install postgresql-doc-15")
         embedder = load_embedder(EmbedParams())
         sets = dict(
-            [
-                *xquad_sets(data, embedder, limit),
-                *own_sets("own passages", load_own(judged=True), embedder, limit),
-                *own_sets("other genres", load_genres(), embedder, limit),
-                *manual_sets(manual, embedder, limit),
-            ]
+            [*xquad_sets(data, embedder, limit), *own_sets(embedder, limit), *manual_sets(manual, embedder, limit)]
         )
         rules = load_prompt(prompt)
         report: dict[str, dict[str, Tally]] = {}

@@ -102,6 +102,15 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     return parse_record(known, AdapterConfig, str(folder / CONFIG)), tensors
 
 
+def fill_adapter(trainable: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+    """Give the trainable parameters the values of an adapter. Raises UsageError unless names and shapes agree."""
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in trainable.items()}:
+        raise UsageError("the adapter to go on from does not fit", "the same base, rank and target layers")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            trainable[name].copy_(value)
+
+
 def merge_adapter(model: torch.nn.Module, folder: Path) -> None:
     """Add the adapter to the weights of `model` (float32), in place.
 

@@ -2,16 +2,20 @@
 
 A pack is the unit of training. Its context (rules and passages) is computed once for all of its questions: attention
 and positions are those of every question standing alone behind the context, so the loss is the same as with one
-example per question.
+example per question, at about a third of the work. The passages of one context are neighbours by the embedder that
+retrieval uses: what distracts in training is what will distract in use.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from goldgate.pipeline.embedder import Embedder
 from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.schema import Passage, Principal, Query
 from goldgate.serving.prompt import Prompt, render
@@ -31,9 +35,13 @@ WORDINGS = (
 
 CANONICAL_SHARE = 0.7
 INJECTED_SHARE = 0.15
+REFUSED_SHARE = 0.25
+"""Share of the questions that the context does not answer. With a third the model refused what it could answer."""
 PASSAGES = (1, 2, 3, 3, 4, 4, 5)
 MOST_CONTEXT_WORDS = 600
 MOST_QUESTIONS = 14
+NEIGHBOURS = 10
+"""A context is filled from so many nearest passages; a few of them are drawn, so that epochs differ."""
 
 
 @dataclass(frozen=True)
@@ -59,38 +67,37 @@ class Pack:
 class Packer:
     """Draws packs from topics; the same seed gives the same packs in the same order."""
 
-    def __init__(self, renderer: VllmRenderer, prompt: Prompt, instructions: Sequence[str]) -> None:
+    def __init__(self, renderer: VllmRenderer, prompt: Prompt, instructions: Sequence[str], embedder: Embedder) -> None:
         """Render with `renderer`'s chat template and with the prompt that will be served."""
         self.renderer = renderer
         self.prompt = prompt
         self.instructions = instructions
+        self.embedder = embedder
+        self._nearest: tuple[list[str], list[list[int]]] = ([], [])
 
-    def epoch(self, topics: Sequence[Topic], seed: int) -> list[Pack]:
-        """Return packs that hold every passage once, in shuffled contexts and order."""
-        rng = random.Random(seed)  # noqa: S311 - an order, not a secret
-        single = [topic.passages[0] for topic in topics if len(topic.passages) == 1]
-        rng.shuffle(single)
-        groups = [single[start : start + 2] for start in range(0, len(single), 2)]
-        for topic in topics:
-            if len(topic.passages) > 1:
-                groups += _divide(list(topic.passages), rng)
-        others = [passage for topic in topics for passage in topic.passages]
-        rng.shuffle(groups)
-        return [self._pack(group, self._strangers(group, topics, others, rng), rng) for group in groups]
+    def packs(self, topics: Sequence[Topic]) -> Callable[[int], list[Pack]]:
+        """Embed every passage once and return the function seed -> packs that hold every passage once."""
+        passages = [passage for topic in topics for passage in topic.passages]
+        nearest = self._neighbours([fit(passage.text, self.embedder) for passage in passages])
 
-    def _strangers(
-        self, group: Sequence[TrainingPassage], topics: Sequence[Topic], others: Sequence[TrainingPassage],
-        rng: random.Random,
-    ) -> list[str]:  # fmt: skip
-        """Return questions that the group does not answer: of neighbours in its topic first, then of anybody."""
-        ids = {passage.id for passage in group}
-        text = _plain(" ".join(passage.text for passage in group))
-        topic = next(topic for topic in topics if group[0].id in {passage.id for passage in topic.passages})
-        near = [q for p in topic.passages if p.id not in ids for q in p.questions if _plain(q.fact) not in text]
-        rng.shuffle(near)
-        far = [q for p in rng.sample(others, min(6, len(others))) if p.id not in ids for q in p.questions[:1]]
-        far = [q for q in far if _plain(q.fact) not in text]
-        return [q.text for q in near[:3]] + [q.text for q in far[:1]]
+        def epoch(seed: int) -> list[Pack]:
+            rng = random.Random(seed)  # noqa: S311 - an order, not a secret
+            groups = _divide(passages, nearest, rng)
+            rng.shuffle(groups)
+            found = []
+            for group in groups:
+                strangers = _strangers(group, passages, nearest, rng)
+                found.append(self._pack([passages[index] for index in group], strangers, rng))
+            return found
+
+        return epoch
+
+    def _neighbours(self, texts: list[str]) -> list[list[int]]:
+        """Return for each text the numbers of all, itself first, by likeness. What was asked last is kept."""
+        if self._nearest[0] != texts:
+            vectors = self.embedder.embed(texts)
+            self._nearest = texts, [np.argsort(-(vectors @ one), kind="stable").tolist() for one in vectors]
+        return self._nearest[1]
 
     def _pack(self, group: list[TrainingPassage], strangers: list[str], rng: random.Random) -> Pack:
         shown = list(group)
@@ -110,7 +117,9 @@ class Packer:
         rng.shuffle(targets)
         impossible = [text for passage in shown for text in passage.unanswerable]
         rng.shuffle(impossible)
-        refused = [*impossible[:4], *strangers][: max(1, len(targets) // 2 + 1)]
+        refused = [*impossible[:2], *strangers]
+        rng.shuffle(refused)
+        refused = refused[: max(1, round(len(targets) * REFUSED_SHARE / (1 - REFUSED_SHARE)))]
         targets = targets[: MOST_QUESTIONS - len(refused)]
         return self.tokens(prompt, texts, [*targets, *(Target(question, prompt.refusal) for question in refused)])
 
@@ -143,19 +152,45 @@ def _question_mark(prompt: Prompt) -> str:
     return between
 
 
-def _divide(passages: list[TrainingPassage], rng: random.Random) -> list[list[TrainingPassage]]:
-    rng.shuffle(passages)
-    groups: list[list[TrainingPassage]] = []
-    while passages:
-        count, words = rng.choice(PASSAGES), 0
-        group: list[TrainingPassage] = []
-        while passages and len(group) < count:
-            words += len(passages[-1].text.split())
-            if group and words > MOST_CONTEXT_WORDS:
+def fit(text: str, embedder: Embedder) -> str:
+    """Return as much of a text's start as the embedder can see."""
+    offsets = embedder.tokenizer.encode(text).offsets
+    return text if len(offsets) <= embedder.max_tokens else text[: offsets[embedder.max_tokens - 2][0]]
+
+
+def _divide(passages: Sequence[TrainingPassage], nearest: Sequence[list[int]], rng: random.Random) -> list[list[int]]:
+    """Return groups of passage numbers: each passage once, with some of its nearest."""
+    groups: list[list[int]] = []
+    taken: set[int] = set()
+    for first in rng.sample(range(len(passages)), len(passages)):
+        if first in taken:
+            continue
+        group, words = [first], len(passages[first].text.split())
+        near = [index for index in nearest[first] if index not in taken and index != first][:NEIGHBOURS]
+        rng.shuffle(near)
+        for index in near[: rng.choice(PASSAGES) - 1]:
+            words += len(passages[index].text.split())
+            if words > MOST_CONTEXT_WORDS:
                 break
-            group.append(passages.pop())
+            group.append(index)
+        taken.update(group)
         groups.append(group)
     return groups
+
+
+def _strangers(
+    group: Sequence[int], passages: Sequence[TrainingPassage], nearest: Sequence[list[int]], rng: random.Random
+) -> list[str]:
+    """Return questions that the group does not answer: three of its nearest neighbours', one of anybody's."""
+    text = _plain(" ".join(passages[index].text for index in group))
+    near = [index for first in group for index in nearest[first][1:6] if index not in group]
+    far = [index for index in rng.sample(range(len(passages)), min(6, len(passages))) if index not in group]
+    found: list[str] = []
+    for numbers, most in ((near, 3), (far, 1)):
+        questions = [q.text for i in numbers for q in passages[i].questions if _plain(q.fact) not in text]
+        unused = sorted(set(questions) - set(found))
+        found += rng.sample(unused, min(most, len(unused)))
+    return found
 
 
 def _inject(text: str, instruction: str, rng: random.Random) -> str:

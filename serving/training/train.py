@@ -1,6 +1,6 @@
 """packs -> adapter: train the grounding adapter on CPU or GPU, with checkpoints, resumable at any step.
 
-    python -m goldgate.serving.training.train --data ../shared/data --out build/training --steps 260
+    python -m goldgate.serving.training.train --data ../shared/data --out build/training --steps 280
 
 The order of packs depends on the seed and the step alone, so an interrupted run that is started again goes on where its
 last checkpoint was and sees the same data. Checkpoints lie in `--out`, outside Git; the adapter is written there too.
@@ -8,50 +8,58 @@ last checkpoint was and sees the same data. Checkpoints lie in `--out`, outside 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from goldgate.pipeline.embedder import load_embedder
 from goldgate.pipeline.errors import GoldgateError, UsageError
-from goldgate.pipeline.params import AnswerParams
+from goldgate.pipeline.params import AnswerParams, EmbedParams
 from goldgate.pipeline.store import Store
 from goldgate.serving.model import Model, build_model, load_model_spec
 from goldgate.serving.prompt import load_prompt
 from goldgate.serving.rendering import VllmRenderer
 from goldgate.serving.training.examples import Topic, load_clapnq, load_instructions, load_own, load_xquad
-from goldgate.serving.training.lora import AdapterConfig, add_adapter, save_adapter
+from goldgate.serving.training.lora import WEIGHTS, AdapterConfig, add_adapter, fill_adapter, load_adapter, save_adapter
 from goldgate.serving.training.packing import Pack, Packer
 
 CHECKPOINT = "checkpoint.pt"
-STEP_TOKENS = 2400
-"""Tokens of one optimiser step: about two packs, some twenty questions."""
+DECIDING, COPIED = 4, 0.15
+"""The first tokens of an answer count fully, those behind them so much: see `lay_out`."""
+
+STEP_TOKENS = 1300
+"""Tokens of one optimiser step: one pack or two, some twelve questions."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What decides the adapter, beside code and data."""
 
-    steps: int = 260
+    steps: int = 280
     peak_rate: float = 1e-3
     warmup: float = 0.06
     seed: int = 7
     rank: int = 16
     alpha: int = 32
+    start: str = ""
+    """SHA-256 of the adapter that training goes on from; empty: a new one."""
 
 
 def batches(packer: Packer, topics: Sequence[Topic], seed: int) -> Iterator[list[Pack]]:
     """Yield packs for one optimiser step each, epoch after epoch, for ever."""
+    packs = packer.packs(topics)
     epoch = 0
     while True:
         waiting: list[Pack] = []
-        for pack in packer.epoch(topics, seed * 1000 + epoch):
+        for pack in packs(seed * 1000 + epoch):
             waiting.append(pack)
             if sum(map(len, waiting)) >= STEP_TOKENS:
                 yield waiting
@@ -97,8 +105,8 @@ def lay_out(pack: Pack) -> Layout:
         ids += [*question, *answer]
         positions += range(context, context + length)
         places += range(start + len(question) - 1, start + length - 1)
-        # Between one weight a token (long answers count most) and one weight an answer (refusals would).
-        weights += [len(answer) ** -0.5] * len(answer)
+        # The first tokens decide which sentence is said, or that none is; behind them an answer is copied.
+        weights += [1.0 if n < DECIDING else COPIED for n in range(len(answer))]
     longest = max(length for _, length in spans)
     grid = torch.tensor([[start + min(i, length - 1) for i in range(longest)] for start, length in spans])
     real = torch.tensor([row * longest + i for row, (_, length) in enumerate(spans) for i in range(length)])
@@ -176,11 +184,13 @@ def load_base(model: Model, dtype: torch.dtype = torch.bfloat16) -> Any:  # noqa
 
 
 def train(
-    model: Model, packer: Packer, topics: Sequence[Topic], out: Path, settings: Settings, save_every: int = 20
-) -> Path:
+    model: Model, packer: Packer, topics: Sequence[Topic], out: Path, settings: Settings, save_every: int = 20,
+    first: dict[str, torch.Tensor] | None = None,
+) -> Path:  # fmt: skip
     """Train and return the adapter's folder, `out/adapter`. Goes on from `out/checkpoint.pt` where there is one.
 
-    Raises UsageError when the checkpoint belongs to other settings.
+    `first` are the tensors of an adapter to begin with. Raises UsageError when they do not fit, or when the checkpoint
+    belongs to other settings.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(settings.seed)
@@ -188,6 +198,8 @@ def train(
     base.eval()  # no dropout anywhere in this architecture; frozen but for the adapter
     config = AdapterConfig(r=settings.rank, lora_alpha=settings.alpha, base_model_name_or_path=model.spec.source)
     trainable = add_adapter(base, config)
+    if first is not None:
+        fill_adapter(trainable, first)
     optimiser = torch.optim.AdamW(trainable.values(), lr=settings.peak_rate, weight_decay=0.01, betas=(0.9, 0.98))
     start = _resume(out / CHECKPOINT, trainable, optimiser, settings)
     said = time.monotonic()
@@ -266,10 +278,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Checkpoints and the adapter, outside Git.")] = Path("build/training"),
     base: Annotated[Path, typer.Option(help="Model file of the base.")] = Path("serving/models/smollm2-135m.toml"),
     prompt: Annotated[Path, typer.Option(help="Prompt file to train with.")] = Path("serving/prompts/grounded.toml"),
-    steps: Annotated[int, typer.Option(help="Optimiser steps; the rate falls to its end over them.")] = 260,
+    start: Annotated[Path | None, typer.Option(help="Folder of an adapter to go on from; a new one if absent.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps; the rate falls to its end over them.")] = 280,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     seed: Annotated[int, typer.Option(help="Decides the order of everything.")] = 7,
+    embedder: Annotated[
+        str, typer.Option(help="As [embed] model: finds the neighbours of a passage.")
+    ] = EmbedParams().model,
     store: Annotated[str, typer.Option(help="Store with the converted base.", envvar="GOLDGATE_STORE")] = ".goldgate",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: all.")] = 0,
 ) -> None:
@@ -279,16 +295,22 @@ def main(
     try:
         model = build_model(load_model_spec(base), Store.open(store))
         renderer = VllmRenderer(model, AnswerParams())
-        packer = Packer(renderer, load_prompt(prompt), load_instructions(data))
+        packer = Packer(
+            renderer, load_prompt(prompt), load_instructions(data), load_embedder(EmbedParams(model=embedder))
+        )
         topics = load_topics(data)
-        first = packer.epoch(topics, seed * 1000)
+        first = packer.packs(topics)(seed * 1000)
         typer.echo(
             f"{len(topics)} topics, {sum(len(p.segments) for p in first)} questions in {len(first)} contexts, "
             f"{sum(map(len, first))} tokens an epoch",
             err=True,
         )
         settings = Settings(steps=steps, peak_rate=rate, seed=seed, rank=rank, alpha=2 * rank)
-        folder = train(model, packer, topics, out, settings)
+        tensors = None
+        if start is not None:
+            tensors = load_adapter(start)[1]
+            settings = replace(settings, start=hashlib.sha256((start / WEIGHTS).read_bytes()).hexdigest())
+        folder = train(model, packer, topics, out, settings, first=tensors)
     except GoldgateError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(error.exit_code) from None
