@@ -42,7 +42,9 @@ def cite(text: str, passages: Sequence[Passage]) -> tuple[Citation, ...]:
     """Return the supporting sentences of an answer, in the order of its sentences, each once.
 
     A sentence whose numbers a passage sentence lacks is not supported by it, however many words they share. A mark
-    like [2] restricts its sentence to passage 2. A sentence without support gets no citation.
+    like [2] restricts its sentence to passage 2, unless nothing there supports it: a small model names the wrong
+    passage now and then, and the source is then the passage that does hold the sentence. A sentence without support
+    gets no citation.
     """
     candidates = list(_candidates(passages))
     found: dict[tuple[str, int, int], Citation] = {}
@@ -97,7 +99,9 @@ def _support(sentence: str, candidates: Sequence[_Candidate], passages: int) -> 
     marked = sorted({int(n) for mark in _MARK.findall(sentence) for n in mark.split(",") if 1 <= int(n) <= passages})
     if marked:
         per_mark = [_best(asked, [c for c in candidates if c.passage == n], MARKED_SUPPORT) for n in marked]
-        return [best for best in per_mark if best is not None]
+        found = [best for best in per_mark if best is not None]
+        if found:
+            return found
     best = _best(asked, candidates, SUPPORT)
     return [] if best is None else [best]
 

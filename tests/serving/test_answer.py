@@ -351,11 +351,12 @@ def test_a_mark_names_its_passage() -> None:
     assert [c.document for c in cite("The tower is 330 metres tall [2].", twice)] == ["copy.md"]
     assert [c.document for c in cite("The tower is 330 metres tall [1, 2].", twice)] == ["a.md", "copy.md"]
     assert [c.document for c in cite("The tower is 330 metres tall [9].", twice)] == ["a.md"], "no such passage"
-    assert cite("The tower is 330 metres tall [3].", twice) == (), "a mark alone supports nothing"
+    assert [c.document for c in cite("The tower is 330 metres tall [3].", twice)] == ["a.md"], "the mark is wrong"
+    assert cite("The tower is 331 metres tall [3].", twice) == (), "a mark alone supports nothing"
     assert cite("[1]", twice) == ()
     # Behind the full stop, as the default model writes it, a mark belongs to the sentence before.
     assert [c.document for c in cite("The tower is 330 metres tall. [2]", twice)] == ["copy.md"]
-    assert cite("The tower is 330 metres tall. [3]", twice) == ()
+    assert cite("The tower is 300 metres tall. [3]", twice) == ()
     both = cite("The tower is 330 metres tall. [2] The tower is 330 metres tall. [1]", twice)
     assert [c.document for c in both] == ["copy.md", "a.md"]
 

@@ -37,7 +37,7 @@ from goldgate.serving.training.examples import (
 )
 from goldgate.serving.training.lora import AdapterConfig, add_adapter, load_adapter, merge_adapter, save_adapter
 from goldgate.serving.training.packing import Packer
-from goldgate.serving.training.train import CHECKPOINT, Settings, load_base, pack_loss, train
+from goldgate.serving.training.train import CHECKPOINT, COPIED, DECIDING, Settings, load_base, pack_loss, train
 from tests.serving.models import TEMPLATE, write_model_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,10 @@ def packer_of(tiny: Path, store: Store) -> Packer:
 
 
 def test_a_pack_costs_each_question_what_it_costs_alone(tiny: Path, store: Store) -> None:
-    """The loss of a pack is the sum of the losses of its questions, each asked alone through the plain model."""
+    """The loss of a pack is the sum of the losses of its questions, each asked alone through the plain model.
+
+    The first tokens of an answer, which decide what is said, count more than those behind them.
+    """
     packer = packer_of(tiny, store)
     plain = transformers.AutoModelForCausalLM.from_pretrained(packer.renderer.path, dtype=torch.float32)
     model = load_base(build_model(packer.renderer.spec, store), torch.float32)
@@ -102,8 +105,8 @@ def test_a_pack_costs_each_question_what_it_costs_alone(tiny: Path, store: Store
             for question, answer in pack.segments:
                 ids = torch.tensor([*pack.context, *question, *answer])
                 logits = plain(ids[None]).logits[0, -len(answer) - 1 : -1]
-                loss = torch.nn.functional.cross_entropy(logits, ids[-len(answer) :], reduction="sum")
-                alone += float(loss) * len(answer) ** -0.5
+                loss = torch.nn.functional.cross_entropy(logits, ids[-len(answer) :], reduction="none")
+                alone += float(loss[:DECIDING].sum() + COPIED * loss[DECIDING:].sum())
         assert float(together) == pytest.approx(alone, rel=1e-5)
 
 
@@ -283,11 +286,13 @@ def test_the_shipped_adapter_is_merged_into_the_real_model(generator: Generator,
     assert isinstance(generator, VllmGenerator)
     spec = load_model_spec(ROOT / "serving" / "models" / "smollm2-135m-grounded.toml")
     merged = build_model(spec, session_store)
-    assert merged.path is not None
+    plain = build_model(load_model_spec(ROOT / "serving" / "models" / "smollm2-135m.toml"), session_store)
+    assert merged.path == generator.path
+    assert plain.path is not None
     config, _ = load_adapter(ROOT / "serving" / "models" / spec.adapter)
     with (
-        safe_open(merged.path / "model.safetensors", framework="pt") as ours,
-        safe_open(generator.path / "model.safetensors", framework="pt") as base,
+        safe_open(generator.path / "model.safetensors", framework="pt") as ours,
+        safe_open(plain.path / "model.safetensors", framework="pt") as base,
     ):
         assert set(ours.keys()) == set(base.keys())
         for name in base.keys():  # noqa: SIM118 - not a mapping
