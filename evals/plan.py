@@ -1,7 +1,8 @@
 """(policy, gold set) -> plan: what each critical condition could show, before anything is run.
 
-Pure. The question a plan answers: a change that does no harm, how often would this gold set show that it does none?
-Where that is rare, the gate will often say INCONCLUSIVE, and more cases are the remedy.
+Pure. The question a plan answers, one condition at a time: a change that does no harm, how often would the condition
+be shown to hold? Where that is rare, the gate will often say INCONCLUSIVE, and more cases are the remedy. What else
+decides, `must_hold` and the touched cases, is not planned.
 
 The model: of the cases that are answered again a share `discordant` changes its binary score, for better or worse with
 probability 1/2 each (the null of McNemar's test). How often the bound of `estimate.bounds` then lies above the margin
@@ -74,7 +75,7 @@ def plan(policy: Policy, cases: Sequence[GoldCase], assumed: Assumptions) -> lis
             continue
         for name in condition.slices or ("",):
             n = sum(applies(condition.metric, case) for case in cases if not name or name in case.slices)
-            least = estimate.smallest_margin(n / assumed.design_effect, policy.alpha)
+            least = estimate.smallest_margin(n, policy.alpha)  # as `policy.feasible` has it
             problem = ""
             if n < condition.min_cases:
                 problem = f"needs {condition.min_cases} case{'s' if condition.min_cases > 1 else ''}, there are {n}"
@@ -138,9 +139,9 @@ def wanted(margin: float, alpha: float, assumed: Assumptions, at_least: int = 1)
     """Return how many cases show a harmless change to be harmless with the wanted power."""
     low, high = 0, max(at_least, 2)
     while passes(high, margin, alpha, assumed) < assumed.power:
-        low, high = high, 2 * high
-        if high > MOST_CASES:
+        if high == MOST_CASES:
             return None
+        low, high = high, min(2 * high, MOST_CASES)
     # Counts are whole: the power is not quite monotone, so that a few cases fewer may do as well.
     while high - low > max(1, high // 100):
         middle = (low + high) // 2
@@ -153,7 +154,7 @@ def wanted(margin: float, alpha: float, assumed: Assumptions, at_least: int = 1)
 
 def table(lines: Sequence[Line], assumed: Assumptions) -> str:
     """Return the plan for people: a table, what it takes for granted, and what to do about what cannot hold."""
-    heads = ("condition", "cases", "margin", "least margin", "a harmless change passes", "cases wanted")
+    heads = ("condition", "cases", "margin", "least margin", "shown to hold", "cases wanted")
     rows = [heads]
     for line in lines:
         count = f"over {MOST_CASES}" if line.wanted is None else str(line.wanted)
@@ -165,8 +166,10 @@ def table(lines: Sequence[Line], assumed: Assumptions) -> str:
     text += [
         "",
         "Margins are in points. The least margin can be shown when all cases are answered again and none gets worse.",
+        f"Shown to hold: how often, by a change that does no harm; {100 * assumed.power:g} % are wanted.",
+        "Each condition by itself: must_hold, the touched cases and the other conditions may say otherwise.",
         f"Assumed: {100 * assumed.touched:g} % of the cases are answered again, {changed};",
-        f"{assumed.design_effect:g} clustered cases count as one. Wanted: {100 * assumed.power:g} % of them pass.",
+        f"{assumed.design_effect:g} clustered cases count as one.",
     ]
     text += [
         f"{line.metric} {line.slice}".strip() + f" can never hold: it {line.problem}; add cases or change the policy"

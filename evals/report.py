@@ -97,7 +97,7 @@ def pages(verdict: Verdict, report: Report | None = None, baseline: Report | Non
 
 def _headline_text(verdict: Verdict) -> str:
     lines = [f"{verdict.verdict or 'NO BASELINE'}  {WORDS[verdict.verdict]}"]
-    if verdict.diagnosis is not None and verdict.diagnosis.headline != WORDS[verdict.verdict]:
+    if verdict.diagnosis is not None and not verdict.diagnosis.headline.endswith(WORDS[verdict.verdict]):
         lines += _wrapped(verdict.diagnosis.headline)
     for line in security_lines(verdict):
         lines += _wrapped(f"security: {line}")

@@ -5,6 +5,9 @@ answers differ, a person says of both which is right, without being told which i
 of the correctness judge's score on both sides. An answer that is the same on both sides has the difference zero under
 any judge, so only changed answers need a person. A label belongs to the text of an answer under one gold case: it
 outlives every run in which that answer comes again, and says nothing about any other.
+
+Labels count only when all changed answers have them. Whoever stops as soon as the verdict pleases, or leaves out what
+would not please, would otherwise choose the verdict.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ def load_labels(path: Path) -> dict[tuple[str, str], Label]:
     Raises UsageError naming the line that is not a label.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -92,8 +95,8 @@ def load_labels(path: Path) -> dict[tuple[str, str], Label]:
 def pending(report: Report, baseline: Report, labels: Labels) -> list[Item]:
     """Return the changed answers that lack a label on either side, by case id.
 
-    Only answers that the correctness judge scores on both sides: a refusal where one is due needs no person. Which
-    answer comes first depends on a digest, so that the order says nothing about whose it is.
+    Only answers that the correctness judge scores on both sides and that refuse on neither: whether a refusal is right
+    needs no person. Which answer comes first depends on a digest, so that the order says nothing about whose it is.
     """
     items = [_item(new, old) for new, old in _changed(report, baseline)]
     return [item for item in items if not all(key in labels for key in item.about())]
@@ -102,9 +105,11 @@ def pending(report: Report, baseline: Report, labels: Labels) -> list[Item]:
 def apply_labels(report: Report, baseline: Report, labels: Labels) -> tuple[Report, Report, dict[str, int]]:
     """Return both reports with people's scores in place of the judge's, and how many answers each person judged.
 
-    A pair counts only where both answers have a label: one side judged by a person and the other by the judge would
-    compare two instruments.
+    Nothing changes unless every changed pair has both labels: one side judged by a person and the other by the judge
+    would compare two instruments, and some pairs judged by a person would be a choice of pairs.
     """
+    if pending(report, baseline, labels):
+        return report, baseline, {}
     scores: dict[str, tuple[Label, Label]] = {}
     for new, old in _changed(report, baseline):
         found = [labels.get((case.case_digest, answer_digest(_text(case)))) for case in (new, old)]
@@ -138,6 +143,8 @@ def _changed(report: Report, baseline: Report) -> list[tuple[CaseReport, CaseRep
 
 def _judged(new: CaseReport, old: CaseReport) -> bool:
     if new.answer is None or old.answer is None or new.answer.text == old.answer.text:
+        return False
+    if new.answer.abstained or old.answer.abstained:
         return False
     return METRIC in new.scores and METRIC in old.scores
 

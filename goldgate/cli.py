@@ -331,7 +331,9 @@ def review(
         items = review_items(ws, against)
     done = ask_person(items, {case.id: case for case in load_cases(ws)}, labels, by or default_actor())
     left = len(items) - done
-    note(f"{done} pairs judged{f', {left} left' if left else ''}; labels: {labels}")
+    note(f"{done} pairs judged; labels: {labels}")
+    if left:
+        note(f"{left} left: what people say counts when all changed answers are judged")
     with Reporter() as progress:
         verdict = gate_step(ws, against, progress)
     out(verdict.model_dump_json(indent=1) if as_json else render_text(verdict))

@@ -370,7 +370,7 @@ def gate_step(ws: Workspace, against: Path | None = None, progress: Reporter | N
     `against` names another report.json to compare with instead of production's: the way to judge an application that
     goldgate does not serve. Such a verdict never makes a release.
     """
-    from goldgate.evals.gate import decide, feasible, load_policy
+    from goldgate.evals.gate import decide, feasible, load_policy, report_digest
     from goldgate.evals.report import pages
 
     policy = load_policy(ws.policy)
@@ -378,16 +378,20 @@ def gate_step(ws: Workspace, against: Path | None = None, progress: Reporter | N
     report = ws.read("report.json", Report, "evaluate")
     if progress is not None:
         progress("compare with production" if against is None else f"compare with {against}", 0, 0)
-    name, baseline, gold = _baseline_of(ws, report, against)
-    judged, baseline, reviewed = _reviewed(ws, report, baseline)
+    name, measured, gold = _baseline_of(ws, report, against)
+    judged, baseline, reviewed = _reviewed(ws, report, measured)
     verdict = decide(judged, baseline, policy, baseline_release=name, baseline_gold=gold)
     digests = {
         **verdict.digests,
         "policy": digest_file(ws.policy),
         "report": digest_file(ws.build / "report.json"),
-        **({"labels": digest_file(ws.labels)} if reviewed else {}),
+        "labels": _labels_digest(ws),
     }
-    verdict = verdict.model_copy(update={"digests": digests, "reviewed": reviewed})
+    # The reports as they were measured, whatever people said.
+    candidate = report_digest(report)
+    if measured is not None:
+        digests["baseline_report"] = report_digest(measured)
+    verdict = verdict.model_copy(update={"digests": digests, "reviewed": reviewed, "candidate": candidate})
     if against is not None and report.system == "builtin":
         verdict = _not_releasable(verdict)
     written = pages(verdict, judged, baseline)
@@ -406,11 +410,22 @@ def _reviewed(ws: Workspace, report: Report, baseline: Report | None) -> tuple[R
     return apply_labels(report, baseline, labels)
 
 
+def _labels_digest(ws: Workspace) -> str:
+    """Return the SHA-256 of the labels file; "" where there is none, or nothing in it."""
+    return digest_file(ws.labels) if ws.labels.is_file() and ws.labels.stat().st_size else ""
+
+
 def review_items(ws: Workspace, against: Path | None = None) -> list[Item]:
-    """Return the changed answers that nobody has judged yet. Raises UsageError where there is no production."""
+    """Return the changed answers that nobody has judged yet.
+
+    Raises UsageError where there is no production, or where the gold set is not the one that the report was made with.
+    """
+    from goldgate.evals.golden import gold_digest
     from goldgate.evals.review import load_labels, pending
 
     report = ws.read("report.json", Report, "evaluate")
+    if report.gold_digest != gold_digest(load_cases(ws)):
+        raise UsageError(f"{ws.golden} is not the gold set of this report", "the same", "run goldgate evaluate again")
     _, baseline, _ = _baseline_of(ws, report, against)
     if baseline is None:
         raise UsageError("there is no production to compare with", "", "name another report with --against")
@@ -511,9 +526,9 @@ def _check_judged(ws: Workspace, store: Store, report: Report, verdict: Verdict)
     if verdict.digests.get("policy") != digest_file(ws.policy):
         again = "give the same --policy as to goldgate gate, or run goldgate gate again"
         raise Refused(f"{ws.policy} is not the policy that judged, or changed since", "the policy that judged", again)
-    if verdict.reviewed and (not ws.labels.is_file() or verdict.digests.get("labels") != digest_file(ws.labels)):
+    if verdict.digests.get("labels") != _labels_digest(ws):
         again = "give the same --labels as to goldgate gate, or run goldgate gate again"
-        raise Refused(f"{ws.labels} changed since, or is not there", "the labels that judged", again)
+        raise Refused(f"{ws.labels} changed after the verdict", "the labels that judged", again)
     if report.gold_digest != gold_digest(load_cases(ws)):
         again = "give the same --golden as to goldgate evaluate, or run goldgate evaluate again"
         raise Refused(
@@ -579,5 +594,8 @@ def reports_of(ws: Workspace, verdict: Verdict) -> tuple[Report, Report | None]:
     store = ws.store()
     if verdict.baseline is None or not release_folder(store, verdict.baseline).is_dir():
         return report, None
-    report, baseline, _ = _reviewed(ws, report, production_report(store, verdict.baseline, report, load_cases(ws)))
+    baseline = production_report(store, verdict.baseline, report, load_cases(ws))
+    if verdict.reviewed and verdict.digests.get("labels") == _labels_digest(ws):
+        judged, baseline_judged, _ = _reviewed(ws, report, baseline)
+        return judged, baseline_judged
     return report, baseline

@@ -41,6 +41,7 @@ def write_dvc_project(folder: Path) -> Path:
     cases = [c for c in gold() if str(c["id"]).split("-")[1] in names or str(c["id"]).startswith("unknown")]
     (folder / "golden" / "cases.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cases), encoding="utf-8")
     (folder / "golden" / "gate.toml").write_text(POLICY.replace("0.1", "0.5"), encoding="utf-8")
+    (folder / "golden" / "labels.jsonl").touch()
     write_params(folder)
     (folder / "baseline.json").write_text('{"release": null, "dtype": null}\n', encoding="utf-8")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):

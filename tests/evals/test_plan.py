@@ -68,6 +68,18 @@ def test_a_condition_that_can_never_hold_says_so() -> None:
     assert "correctness rare can never hold: it needs 1 case, there are 0;" in table([line], Assumptions())
 
 
+def test_a_plan_agrees_with_the_gate_on_what_can_hold() -> None:
+    """The gate's bound for no loss at all counts cases, so a design effect makes no condition impossible."""
+    (line,) = plan(policy(), gold(100), Assumptions(design_effect=2, touched=0.1))
+    assert line.problem == ""
+    assert line.passes > 0.5
+
+
+def test_wanted_reaches_its_limit() -> None:
+    assert passes(20_000, 0.0069, 0.05, Assumptions()) > 0.8
+    assert wanted(0.0069, 0.05, Assumptions(), 60) is not None
+
+
 def test_advisory_conditions_are_not_planned() -> None:
     assert plan(policy(tier="advisory"), gold(10), Assumptions()) == []
 

@@ -60,6 +60,22 @@ def test_one_side_alone_counts_for_nothing(side: Report) -> None:
     assert apply_labels(NEW, OLD, by_key(*(label(side, n, right=True) for n in CHANGED))) == (NEW, OLD, {})
 
 
+def test_a_choice_of_pairs_counts_for_nothing() -> None:
+    """Whoever judges all pairs but one, or stops when the verdict pleases, has chosen the verdict."""
+    most = by_key(*(label(side, name, right=True) for side in (OLD, NEW) for name in CHANGED[1:]))
+    assert apply_labels(NEW, OLD, most) == (NEW, OLD, {})
+
+
+def test_refusals_need_no_person() -> None:
+    cases = [
+        c.model_copy(update={"answer": c.answer.model_copy(update={"abstained": True})}) if c.id in CHANGED[:3] else c
+        for c in NEW.cases
+        if c.answer is not None
+    ]
+    refusing = NEW.model_copy(update={"cases": tuple(cases)})
+    assert [item.case.id for item in pending(refusing, OLD, {})] == CHANGED[3:]
+
+
 def test_a_label_is_about_one_answer_to_one_case() -> None:
     other = by_key(*(label(side, n, right=True, case_digest="b" * 64) for side in (OLD, NEW) for n in CHANGED))
     assert apply_labels(NEW, OLD, other) == (NEW, OLD, {})
@@ -144,12 +160,14 @@ def test_a_review_decides_again(
 ) -> None:
     assert main(["gate"]) in {1, 3}
     capsys.readouterr()
-    keys(monkeypatch, "what?\nb\nb\nb\n")  # a slip of the finger is asked again; then the input ends
+    keys(monkeypatch, "no idea\n12\nb\nboth\nB\n")  # what is no key is asked again; then the input ends
     assert main(["review", "--by", "ann"]) in {1, 3}
     told = capsys.readouterr().err
     assert "1 of 8: On which day is the market of" in told
     assert "must say: day" in told
-    assert "3 pairs judged, 5 left" in told
+    assert "3 pairs judged" in told
+    assert "5 left: what people say counts when all changed answers are judged" in told
+    assert Verdict.model_validate_json((reworded / "build" / "verdict.json").read_bytes()).reviewed == {}
     assert len((reworded / "golden" / "labels.jsonl").read_text(encoding="utf-8").splitlines()) == 6
     keys(monkeypatch, "b\ns\nb\nb\nb\n")
     main(["review", "--by", "bob"])
@@ -184,12 +202,50 @@ def test_the_labels_that_judged_are_released(
     kept = path.read_text(encoding="utf-8")
     path.write_text(kept.replace("true", "false"), encoding="utf-8")
     assert main(["release"]) == 5
-    assert "labels.jsonl changed since" in capsys.readouterr().err
+    assert "labels.jsonl changed after the verdict" in capsys.readouterr().err
     path.write_text(kept, encoding="utf-8")
     digest = release(capsys)
     (folder,) = (reworded / ".goldgate" / "releases").glob(f"{digest[:12]}*")
     assert (folder / "labels.jsonl").read_text(encoding="utf-8") == kept
     assert main(["promote", digest]) == 0
+
+
+def test_harm_that_people_found_after_the_verdict_is_not_released(
+    reworded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The review was broken off before it could decide again, or the labels came by a merge."""
+    keys(monkeypatch, "b\n" * 8)
+    assert main(["review"]) == 0
+    with (reworded / "golden" / "labels.jsonl").open("a", encoding="utf-8") as file:
+        file.write(label_lines([label(OLD, "case-000", right=False)]))
+    assert main(["release"]) == 5
+    assert "labels.jsonl changed after the verdict" in capsys.readouterr().err
+
+
+def test_a_gold_set_that_was_edited_is_measured_first(
+    reworded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is shown to the person must be what the label is filed under."""
+    path = reworded / "golden" / "cases.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("day 3", "day 4"), encoding="utf-8")
+    keys(monkeypatch, "b\n" * 8)
+    assert main(["review"]) == 2
+    assert "is not the gold set of this report" in capsys.readouterr().err
+    assert not (reworded / "golden" / "labels.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 101, "a\nb", " ", "\u2028"])
+def test_a_name_that_is_none(reworded: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert main(["review", "--by", name]) == 2
+    assert "is no name" in capsys.readouterr().err
+
+
+def test_a_file_that_ends_within_a_line(reworded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = reworded / "golden" / "labels.jsonl"
+    path.write_text(label_lines([label(OLD, "case-000", right=False)]).rstrip("\n"), encoding="utf-8")
+    keys(monkeypatch, "b\n" * 8)
+    assert main(["review"]) == 0
+    assert len(load_labels(path)) == 17
 
 
 def test_there_is_nothing_to_review_without_production(
