@@ -42,9 +42,8 @@ COPIED = ("knowledge", "golden", "serving/prompts", "serving/models", "params.to
 QUESTIONS = (
     "Which exit code does INCONCLUSIVE have?",
     "Does a rollback need a judge or the language model?",
-    "How many characters of a release digest do I have to type?",
 )
-NEW_FACT_QUESTION = "Where does the deployment of the demo write its log?"
+NEW_FACT_QUESTION = "Where is the log of the demo?"
 SERVE_TIMEOUT_S = 600.0
 
 
@@ -98,8 +97,8 @@ def _add_log_file(folder: Path) -> None:
     """Somebody answers a question that users ask."""
     page = folder / "knowledge" / "tutorials" / "first-run.md"
     text = page.read_text(encoding="utf-8").rstrip()
-    added = "The deployment of the demo writes its log to the file `serve.log` in the folder of the demo."
-    page.write_text(f"{text}\n\n## The log of the deployment\n\n{added}\n", encoding="utf-8")
+    added = "The log of the demo is the file `serve.log` in its folder."
+    page.write_text(f"{text}\n\n## Where the log is\n\n{added}\n", encoding="utf-8")
 
 
 PROPOSALS = (
