@@ -131,7 +131,7 @@ def test_it_judges_an_application_over_http(
         core, tmp_path, "gate", "--policy", "gate.toml", "--golden", "cases.jsonl", "--build", "production"
     )
     assert alone.returncode == 4, alone.stdout + alone.stderr
-    assert "no_baseline" in alone.stdout
+    assert "NO BASELINE" in alone.stdout
     measure(core, tmp_path, "same")
     against = ("--against", "production/report.json", "--policy", "gate.toml", "--golden", "cases.jsonl", "--json")
     same = goldgate(core, tmp_path, "gate", *against, "--build", "same")
