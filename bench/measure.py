@@ -51,9 +51,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """A whole number from 1."""
+    return at_least(1, text)
+
+
+def several(text: str) -> int:
+    """A whole number from 2: one of anything has no spread."""
+    return at_least(2, text)
+
+
+def at_least(least: int, text: str) -> int:
+    """A whole number from `least`, for argparse."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}")
     return number
 
 

@@ -19,7 +19,6 @@ false blocks and bad promotions of the gate at most 5 % each at every n.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import sys
@@ -35,7 +34,7 @@ if not __package__:  # run by its path
 import numpy as np
 from scipy import special
 
-from bench.measure import ROOT, finish, machine, not_measured, parser, positive, say, show
+from bench.measure import ROOT, finish, machine, not_measured, parser, positive, say, several, show
 from goldgate.evals.calibrate import SYSTEMS, evouna
 from goldgate.evals.estimate import sign_test
 from goldgate.evals.gate import decide, load_policy
@@ -209,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--samples", type=positive, default=100, help="draws for each pair and n (default: 100)")
     options.add_argument("--margin", type=float, default=0.05, help="margin, as a share (default: 0.05)")
     options.add_argument("--half", choices=HALVES, default="report", help="half of the questions (default: report)")
-    options.add_argument("--sizes", type=_several, nargs="+", default=list(SIZES), help="numbers of questions")
+    options.add_argument("--sizes", type=several, nargs="+", default=list(SIZES), help="numbers of questions")
     chosen = options.parse_args(arguments)
     show(machine("scipy"))
     path = chosen.data / "evouna" / "NQ.json"
@@ -238,14 +237,6 @@ def main(arguments: list[str] | None = None) -> int:
     shares = [share for t in ours for share in (t.share("null", "FAIL"), t.share("bad", "PASS"))]
     worst = max(share for share in shares if not math.isnan(share))
     return finish("verdict_error_rates", "largest false block or bad promotion ÷ 5 %", worst / TARGET, most=1.0)
-
-
-def _several(text: str) -> int:
-    """A whole number from 2: one question has no spread."""
-    number = positive(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError("must be at least 2")
-    return number
 
 
 def _percent(share: float) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from goldgate.pipeline.errors import UsageError
@@ -31,9 +31,9 @@ def load_cases(path: Path) -> list[GoldCase]:
     """
     seen: dict[str, int] = {}
     cases: list[GoldCase] = []
-    for number, line in _lines(path):
+    for number, raw in json_lines(path, "a JSON-lines gold set", "name it with --golden"):
         where = f"{path}:{number}"
-        case = parse_record(_json(line, where), GoldCase, where)
+        case = parse_record(raw, GoldCase, where)
         if case.id in seen:
             raise UsageError(f"{where}: duplicate id {case.id}", f"another id than line {seen[case.id]}'s", "rename it")
         seen[case.id] = number
@@ -43,14 +43,20 @@ def load_cases(path: Path) -> list[GoldCase]:
     return cases
 
 
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
+def json_lines(path: Path, expected: str, do: str) -> Iterator[tuple[int, object]]:
+    """Yield (line number, value) of every line that is not blank.
+
+    Raises UsageError, with `expected` and `do` where there is no file, else naming the line that is not JSON.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist", "a JSON-lines gold set", "name it with --golden") from None
+        raise UsageError(f"{path} does not exist", expected, do) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}", "a UTF-8 file of JSON lines") from None
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, _json(line, f"{path}:{number}")
 
 
 def _json(line: str, where: str) -> object:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from goldgate.evals import estimate
-from goldgate.evals.policy import applies
+from goldgate.evals.policy import check_feasible, critical
 from goldgate.pipeline.errors import UsageError
 from goldgate.pipeline.schema import GoldCase, Policy
 
@@ -70,29 +70,16 @@ class Line:
 def plan(policy: Policy, cases: Sequence[GoldCase], assumed: Assumptions) -> list[Line]:
     """Return one line for each critical condition and slice, in the policy's order."""
     lines = []
-    for condition in policy.conditions:
-        if condition.tier != "critical":
-            continue
-        for name in condition.slices or ("",):
-            n = sum(applies(condition.metric, case) for case in cases if not name or name in case.slices)
-            least = estimate.smallest_margin(n, policy.alpha)  # as `policy.feasible` has it
-            problem = ""
-            if n < condition.min_cases:
-                problem = f"needs {condition.min_cases} case{'s' if condition.min_cases > 1 else ''}, there are {n}"
-            elif least >= condition.margin:
-                problem = f"cannot show less than {100 * least:.1f} points"
-            lines.append(
-                Line(
-                    metric=condition.metric,
-                    slice=name,
-                    cases=n,
-                    margin=condition.margin,
-                    least_margin=least,
-                    passes=passes(n, condition.margin, policy.alpha, assumed),
-                    wanted=wanted(condition.margin, policy.alpha, assumed, condition.min_cases),
-                    problem=problem,
-                )
-            )
+    for condition, name, n in critical(policy, cases):
+        problem = ""
+        try:
+            check_feasible(policy, condition, name, n)
+        except UsageError as error:
+            problem = error.what
+        least = estimate.smallest_margin(n, policy.alpha)
+        shown = passes(n, condition.margin, policy.alpha, assumed)
+        more = wanted(condition.margin, policy.alpha, assumed, condition.min_cases)
+        lines.append(Line(condition.metric, name, n, condition.margin, least, shown, more, problem))
     return lines
 
 
@@ -171,9 +158,5 @@ def table(lines: Sequence[Line], assumed: Assumptions) -> str:
         f"Assumed: {100 * assumed.touched:g} % of the cases are answered again, {changed};",
         f"{assumed.design_effect:g} clustered cases count as one.",
     ]
-    text += [
-        f"{line.metric} {line.slice}".strip() + f" can never hold: it {line.problem}; add cases or change the policy"
-        for line in lines
-        if line.problem
-    ]
+    text += [f"can never hold: {line.problem}; add cases or change the policy" for line in lines if line.problem]
     return "\n".join(text)

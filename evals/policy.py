@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from goldgate.evals.estimate import smallest_margin
@@ -41,15 +41,21 @@ def feasible(policy: Policy, cases: Sequence[GoldCase]) -> None:
 
     The message names the smallest margin that the gold set supports: `1 - alpha ** (1 / n)`.
     """
+    for condition, name, n in critical(policy, cases):
+        check_feasible(policy, condition, name, n)
+
+
+def critical(policy: Policy, cases: Sequence[GoldCase]) -> Iterator[tuple[ConditionPolicy, str, int]]:
+    """Yield every critical condition with its slice ("" for all cases) and how many cases carry what it needs."""
     for condition in policy.conditions:
-        if condition.tier != "critical":
-            continue
-        for name in condition.slices or ("",):
-            _feasible(policy, condition, name, cases)
+        if condition.tier == "critical":
+            for name in condition.slices or ("",):
+                n = sum(applies(condition.metric, case) for case in cases if not name or name in case.slices)
+                yield condition, name, n
 
 
-def _feasible(policy: Policy, condition: ConditionPolicy, name: str, cases: Sequence[GoldCase]) -> None:
-    n = sum(applies(condition.metric, case) for case in cases if not name or name in case.slices)
+def check_feasible(policy: Policy, condition: ConditionPolicy, name: str, n: int) -> None:
+    """Raise UsageError when `n` cases could never show the condition to hold, as `feasible` does."""
     where = f"{condition.metric} in slice {name}" if name else condition.metric
     if n < condition.min_cases:
         raise UsageError(

@@ -12,7 +12,6 @@ would not please, would otherwise choose the verdict.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,9 +20,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from goldgate.pipeline.errors import UsageError
+from goldgate.evals.golden import json_lines
 from goldgate.pipeline.params import parse_record
 from goldgate.pipeline.schema import CaseReport, Record, Report, Score
+from goldgate.pipeline.store import digest_bytes
 
 METRIC = "correctness"
 
@@ -63,7 +63,7 @@ class Item:
 
 def answer_digest(text: str) -> str:
     """Return the SHA-256 of an answer's text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_bytes(text.encode())
 
 
 def load_labels(path: Path) -> dict[tuple[str, str], Label]:
@@ -71,22 +71,10 @@ def load_labels(path: Path) -> dict[tuple[str, str], Label]:
 
     Raises UsageError naming the line that is not a label.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"labels {path} cannot be read: {error}", "JSON lines in UTF-8") from None
     found: dict[tuple[str, str], Label] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UsageError(
-                f"{path}:{number}: not JSON", "one label per line", "write them with goldgate review"
-            ) from None
+    if not path.exists():
+        return found
+    for number, raw in json_lines(path, "one label per line", "write them with goldgate review"):
         label = parse_record(raw, Label, f"{path}:{number}")
         found[label.key] = label
     return found
@@ -154,9 +142,7 @@ def _text(case: CaseReport) -> str:
 
 
 def _item(new: CaseReport, old: CaseReport) -> Item:
-    texts = sorted(
-        (_text(new), _text(old)), key=lambda text: hashlib.sha256(f"{new.case_digest}{text}".encode()).digest()
-    )
+    texts = sorted((_text(new), _text(old)), key=lambda text: answer_digest(new.case_digest + text))
     return Item(new, (texts[0], texts[1]))
 
 

@@ -61,11 +61,15 @@ def test_what_helps_helps() -> None:
 
 def test_a_condition_that_can_never_hold_says_so() -> None:
     assert plan(policy(), gold(100), Assumptions())[0].problem == ""
-    assert plan(policy(), gold(50), Assumptions())[0].problem == "cannot show less than 5.8 points"
-    assert plan(policy(min_cases=60), gold(50), Assumptions())[0].problem == "needs 60 cases, there are 50"
+    assert plan(policy(), gold(50), Assumptions())[0].problem == (
+        "correctness has a margin of 5.0 points, which 50 cases can never show to hold"
+    )
+    assert plan(policy(min_cases=60), gold(50), Assumptions())[0].problem == (
+        "correctness needs 60 cases, the gold set has 50 that carry what it needs"
+    )
     (line,) = plan(policy(slices=("rare",)), gold(100), Assumptions())
     assert (line.slice, line.cases, line.passes) == ("rare", 0, 0)
-    assert "correctness rare can never hold: it needs 1 case, there are 0;" in table([line], Assumptions())
+    assert "can never hold: correctness in slice rare needs 1 cases, the gold set has 0" in table([line], Assumptions())
 
 
 def test_a_plan_agrees_with_the_gate_on_what_can_hold() -> None:
@@ -104,4 +108,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "golden" / "cases.jsonl").write_text("\n".join(few) + "\n", encoding="utf-8")
     files[1] = str(tmp_path / "golden" / "cases.jsonl")
     assert main(["golden", "plan", *files]) == 2
-    assert "correctness can never hold: it needs 60 cases, there are" in capsys.readouterr().out
+    assert "can never hold: correctness needs 60 cases" in capsys.readouterr().out

@@ -172,8 +172,9 @@ def test_a_review_decides_again(
     keys(monkeypatch, "b\ns\nb\nb\nb\n")
     main(["review", "--by", "bob"])
     keys(monkeypatch, "b\n")
+    capsys.readouterr()
     assert main(["review", "--by", "bob", "--json"]) == 0
-    found = Verdict.model_validate_json(capsys.readouterr().out.split("\n{", 1)[-1].join(["{", ""]))
+    found = Verdict.model_validate_json(capsys.readouterr().out)
     assert found.reviewed == {"ann": 6, "bob": 10}
     assert main(["report"]) == 0
     assert "judged by people: 6 answers by ann, 10 answers by bob" in capsys.readouterr().out
